@@ -1,0 +1,130 @@
+//! The books of one partition in one group: cumulative counts of outcomes that travel with the offset.
+//!
+//! They are the commit metadata of a decide stage and the database row of a load stage, written atomically
+//! with the offset, so they survive every crash.
+
+use crate::outcome::{Outcome, Settled};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Commit metadata is at most this long; Kafka's default bound (`offset.metadata.max.bytes`) is 4096.
+pub const METADATA_BYTES_MAX: usize = 1_024;
+const REASONS_MAX: usize = 16;
+const VERSION: u32 = 1;
+
+/// Cumulative counts since the volume began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Books {
+    /// Version of this record's form.
+    #[serde(rename = "v")]
+    version: u32,
+    /// The volume's name: a new one begins when an operator adopts an offset that a foreign tool moved.
+    #[serde(rename = "vol")]
+    pub volume: String,
+    /// Records by outcome, in the order of [`Outcome::ALL`].
+    #[serde(rename = "n")]
+    pub counts: [u64; 6],
+    /// Positions that held no record (transaction markers, compacted away).
+    #[serde(rename = "empty", default)]
+    pub positions_without_record: u64,
+    /// Positions that retention deleted before they were read.
+    #[serde(rename = "over", default)]
+    pub overtaken: u64,
+    /// The commonest reasons, `outcome:reason` to count.
+    #[serde(rename = "why", default)]
+    reasons: BTreeMap<String, u64>,
+    /// The sum of the reasons that are not listed.
+    #[serde(rename = "rest", default)]
+    other_reasons: u64,
+}
+
+/// Commit metadata that is not ours.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the committed offset carries metadata that this stage did not write: `{0}`")]
+pub struct ForeignMetadata(pub String);
+
+impl Books {
+    /// Opens a volume.
+    pub fn open(volume: impl Into<String>) -> Self {
+        Self { version: VERSION, volume: volume.into(), ..Self::default() }
+    }
+
+    /// Counts one record.
+    pub fn count(&mut self, settled: &Settled) {
+        self.counts[settled.outcome.index()] += 1;
+        if settled.reason.is_empty() {
+            return;
+        }
+        let name = format!("{}:{}", settled.outcome, settled.reason);
+        if self.reasons.len() < REASONS_MAX || self.reasons.contains_key(&name) {
+            *self.reasons.entry(name).or_default() += 1;
+        } else {
+            self.other_reasons += 1;
+        }
+    }
+
+    /// Returns the number of records with `outcome`.
+    pub fn of(&self, outcome: Outcome) -> u64 {
+        self.counts[outcome.index()]
+    }
+
+    /// Returns the number of records read, which is the sum over outcomes.
+    pub fn records_read(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Iterates over the listed reasons as (`outcome:reason`, count).
+    pub fn reasons(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.reasons.iter().map(|(k, v)| (k.as_str(), *v))
+    }
+
+    /// Writes the metadata, at most [`METADATA_BYTES_MAX`] bytes: reasons that do not fit join the rest.
+    pub fn to_metadata(&self) -> String {
+        let mut books = self.clone();
+        loop {
+            let text = serde_json::to_string(&books).expect("a plain struct serializes");
+            if text.len() <= METADATA_BYTES_MAX {
+                return text;
+            }
+            let rarest = books.reasons.iter().min_by_key(|(_, n)| **n).map(|(k, _)| k.clone());
+            let Some(rarest) = rarest else { return text };
+            books.other_reasons += books.reasons.remove(&rarest).unwrap_or_default();
+        }
+    }
+
+    /// Reads what [`Books::to_metadata`] wrote.
+    ///
+    /// # Errors
+    /// [`ForeignMetadata`]: a foreign tool moved the offset. An operator decides whether to adopt it.
+    pub fn from_metadata(text: &str) -> Result<Self, ForeignMetadata> {
+        let books: Option<Self> = serde_json::from_str(text).ok();
+        books.filter(|b| b.version == VERSION).ok_or_else(|| ForeignMetadata(text.chars().take(80).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn books_survive_their_metadata_and_stay_within_the_bound() {
+        let mut books = Books::open("v-1");
+        for i in 0..40 {
+            let reason = format!("a_rather_long_reason_code_that_somebody_chose_{i:02}_{}", "x".repeat(40));
+            let settled = Settled { outcome: Outcome::Ignored, reason: reason.into(), message: None };
+            books.count(&settled);
+        }
+        books.count(&Settled::emitted());
+        let text = books.to_metadata();
+        assert!(text.len() <= METADATA_BYTES_MAX, "{}", text.len());
+        let back = Books::from_metadata(&text).expect("ours");
+        assert_eq!((back.of(Outcome::Ignored), back.of(Outcome::Emitted), back.records_read()), (40, 1, 41));
+    }
+
+    #[test]
+    fn an_offset_that_a_foreign_tool_committed_is_recognised() {
+        for text in ["", "{}", "hello", r#"{"v":2,"vol":"x","n":[0,0,0,0,0,0]}"#] {
+            assert!(Books::from_metadata(text).is_err(), "{text}");
+        }
+    }
+}

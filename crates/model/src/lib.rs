@@ -1,0 +1,21 @@
+//! The language of Throughline: ids, envelope and codec, outcomes, topics, stage contracts and the pure
+//! algebra of rules, twins and sequence runs.
+//!
+//! Everything here is deterministic. The crate knows no runtime, file, clock, socket or source of
+//! randomness: times and random bytes are arguments.
+
+pub mod books;
+pub mod codec;
+pub mod envelope;
+pub mod ids;
+pub mod keyed;
+pub mod outcome;
+pub mod record;
+pub mod rows;
+pub mod stage;
+pub mod time;
+
+/// Handles of the catalog's topics and the text of their files, generated from `topics/`.
+pub mod topics {
+    include!(concat!(env!("OUT_DIR"), "/topics.rs"));
+}

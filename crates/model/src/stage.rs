@@ -1,0 +1,196 @@
+//! The contracts of stages. There are three kinds and no other: *decide* (Kafka to Kafka in transactions),
+//! *load* (Kafka to a store, by compare-and-swap of the offset), *act* (Kafka to outside).
+//!
+//! A stage is synchronous and deterministic: no IO, no clock, no randomness. The time of a record is the
+//! broker's LogAppendTime. Bad data is a value ([`Settled`] with `DeadLettered`), never an `Err`.
+
+use crate::codec::{Codec, CodecError};
+use crate::envelope::{EnvelopeRef, Enveloped};
+use crate::keyed::{Keyed, KeyedState};
+use crate::outcome::Settled;
+use crate::record::{Headers, Outbox, Record};
+use crate::rows::Rows;
+use crate::time::Timestamp;
+use hashbrown::HashMap;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Which kind a stage is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Kafka to Kafka, in transactions.
+    Decide,
+    /// Kafka to a store.
+    Load,
+    /// Kafka to outside, at least once.
+    Act,
+}
+
+/// What a stage reads and keeps. The catalog derives its dead-letter, replay, parking and changelog topics
+/// from it.
+#[derive(Clone, Debug)]
+pub struct StageSpec {
+    /// The stage's name, a verb phrase; also its consumer group.
+    pub group: &'static str,
+    /// Its kind.
+    pub kind: Kind,
+    /// Topics it consumes as a group member. Those of one stage have equal partition counts; their replay
+    /// topics are consumed along with them.
+    pub inputs: Vec<&'static str>,
+    /// Compacted topics that every member reads whole, outside the group, before any input (rules).
+    pub tables: Vec<&'static str>,
+    /// The compacted topic that holds its state, co-partitioned with the inputs: a derived
+    /// `…-changelog`, or a catalog topic where the state is itself published (twins).
+    pub changelog: Option<String>,
+    /// How long outputs may wait for the commit: 20–100 ms where a person waits.
+    pub commit_interval: Duration,
+}
+
+/// A record as a stage sees it.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    /// The topic whose contract the record follows: the original one for a replayed record.
+    pub topic: &'a str,
+    /// Whether it comes from the group's replay topic.
+    pub replayed: bool,
+    /// Its partition.
+    pub partition: i32,
+    /// The record.
+    pub record: Record<'a>,
+    /// Reads its value.
+    pub codec: &'a Codec,
+}
+
+impl<'a> Input<'a> {
+    /// Reads the value.
+    ///
+    /// # Errors
+    /// See [`Codec::decode`]; the stage settles the record as dead-lettered with the error's code.
+    pub fn decode<T: Deserialize<'a>>(&self) -> Result<T, CodecError> {
+        self.codec.decode(self.record.value)
+    }
+}
+
+/// A decide stage.
+pub trait Decide: Send {
+    /// The values of its keyed state.
+    type State: KeyedState;
+
+    /// Returns what it reads and keeps.
+    fn spec(&self) -> &StageSpec;
+
+    /// Takes a record of one of its tables (a rule). Tables are read to their end before any input.
+    fn table(&mut self, input: &Input<'_>) -> Settled {
+        let _ = input;
+        Settled::filtered()
+    }
+
+    /// Processes one record. Equal state and record give equal effects, wherever a batch begins or ends.
+    fn process(
+        &mut self,
+        input: &Input<'_>,
+        state: &mut Keyed<Self::State>,
+        effects: &mut Effects,
+    ) -> Settled;
+
+    /// Returns when `state` next needs [`Decide::fire`], a pure function of the state.
+    fn due_at(&self, state: &Self::State) -> Option<Timestamp> {
+        let _ = state;
+        None
+    }
+
+    /// Lets the timer of `key` fire at `now`, which is the time it was due. Timers fire in order of (due
+    /// time, key) before the first record whose time is later. After it `due_at` of the state is later than `now` or none.
+    fn fire(&mut self, key: &str, now: Timestamp, state: &mut Keyed<Self::State>, effects: &mut Effects) {
+        let _ = (key, now, state, effects);
+    }
+}
+
+/// A load stage: says which rows a record becomes. The store writes them once.
+pub trait Load: Send {
+    /// Returns what it reads.
+    fn spec(&self) -> &StageSpec;
+
+    /// Appends the rows of one record. It is pure: the runtime calls it again for parts of a batch when it
+    /// searches the record that a store refused. On a dead letter it appends nothing.
+    fn rows(&mut self, input: &Input<'_>, rows: &mut Rows) -> Settled;
+}
+
+/// What a decide stage brings about besides its state: records, collected in one buffer.
+pub struct Effects {
+    codec: Arc<Codec>,
+    outbox: Outbox,
+    names: HashMap<Box<str>, Arc<str>, foldhash::fast::RandomState>,
+    failure: Option<CodecError>,
+}
+
+impl Effects {
+    /// Makes an empty collection that writes through `codec`.
+    pub fn new(codec: Arc<Codec>) -> Self {
+        Self { codec, outbox: Outbox::default(), names: HashMap::default(), failure: None }
+    }
+
+    /// Emits a record under `key`, with the `traceparent` of its envelope as header. A value that does not
+    /// fit its schema is a defect: the runtime stops the stage before anything is committed.
+    pub fn emit<T: Serialize + Enveloped>(&mut self, topic: &str, key: &str, value: &T) {
+        let topic = self.name(topic);
+        let traceparent = traceparent(&value.envelope());
+        let headers = traceparent.as_deref().map(|t| ("traceparent", t.as_bytes()));
+        let codec = &self.codec;
+        let written = self.outbox.push_with(&topic, None, Some(key.as_bytes()), headers, |out| {
+            codec.encode(&topic, value, out).map(|()| true)
+        });
+        if let Err(e) = written {
+            self.failure.get_or_insert(e);
+        }
+    }
+
+    /// Emits a record as it stands: a dead letter's own bytes, a changelog entry, a tombstone.
+    pub fn emit_raw(
+        &mut self,
+        topic: &str,
+        partition: Option<i32>,
+        key: Option<&[u8]>,
+        value: Option<&[u8]>,
+        headers: Headers<'_>,
+    ) {
+        let topic = self.name(topic);
+        self.outbox.push(&topic, partition, key, value, headers.iter());
+    }
+
+    /// Borrows what was emitted.
+    pub fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// Borrows what was emitted for appending and clearing.
+    pub fn outbox_mut(&mut self) -> &mut Outbox {
+        &mut self.outbox
+    }
+
+    /// Returns the codec.
+    pub fn codec(&self) -> &Arc<Codec> {
+        &self.codec
+    }
+
+    /// Takes the first value that did not fit its schema, if any.
+    pub fn take_failure(&mut self) -> Option<CodecError> {
+        self.failure.take()
+    }
+
+    /// Returns the shared name of `topic`.
+    pub fn name(&mut self, topic: &str) -> Arc<str> {
+        if let Some(name) = self.names.get(topic) {
+            return Arc::clone(name);
+        }
+        let name: Arc<str> = topic.into();
+        self.names.insert(topic.into(), Arc::clone(&name));
+        name
+    }
+}
+
+/// Returns the `traceparent` header of a record.
+pub fn traceparent(envelope: &EnvelopeRef<'_>) -> Option<String> {
+    envelope.trace().map(|t| t.traceparent(envelope.message_uuid()))
+}
