@@ -5,6 +5,7 @@
 //! randomness: times and random bytes are arguments.
 
 pub mod books;
+pub mod catalog;
 pub mod codec;
 pub mod envelope;
 pub mod ids;
@@ -13,6 +14,7 @@ pub mod outcome;
 pub mod record;
 pub mod rows;
 pub mod stage;
+pub mod strict_toml;
 pub mod time;
 
 /// Handles of the catalog's topics and the text of their files, generated from `topics/`.
