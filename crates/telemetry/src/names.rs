@@ -214,25 +214,36 @@ mod tests {
         }
     }
 
-    /// The table of the documentation is generated from this list; a difference prints what to paste.
+    /// The table of the documentation is generated from this list: `UPDATE_DOCS=1 cargo test -p
+    /// throughline-telemetry` writes it.
     #[test]
     fn the_documented_table_is_this_table() {
-        let mut rows = String::from("| metric | kind | unit | labels | meaning |\n|---|---|---|---|---|\n");
-        for metric in Metric::ALL {
-            let d = metric.definition();
-            let otlp =
-                if d.otlp_name == d.name { String::new() } else { format!(" (OTLP: `{}`)", d.otlp_name) };
-            rows.push_str(&format!(
-                "| `{}`{otlp} | {} | {} | {} | {} |\n",
-                d.name,
-                d.kind.word(),
-                d.unit,
-                d.labels.join(", "),
-                d.help
-            ));
-        }
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/metrics.md");
         let page = std::fs::read_to_string(path).unwrap();
-        assert!(page.contains(&rows), "docs/metrics.md shall contain this table:\n\n{rows}");
+        let (begin, end) = ("<!-- table: generated -->\n", "<!-- end of table -->");
+        let (before, rest) = page.split_once(begin).expect("the page has the mark where the table begins");
+        let (table, after) = rest.split_once(end).expect("the page has the mark where the table ends");
+        let expected = table_of_metrics();
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(path, format!("{before}{begin}{expected}{end}{after}")).unwrap();
+            return;
+        }
+        assert!(
+            table == expected,
+            "docs/metrics.md differs from the list of metrics; write it with `UPDATE_DOCS=1 cargo test -p \
+             throughline-telemetry`; it shall be:\n{expected}"
+        );
+    }
+
+    fn table_of_metrics() -> String {
+        let mut rows = String::from("| metric | kind | unit | labels | meaning |\n|---|---|---|---|---|\n");
+        for metric in Metric::ALL {
+            let Definition { name, otlp_name, kind, unit, labels, help } = metric.definition();
+            let otlp = if otlp_name == name { String::new() } else { format!(" (OTLP: `{otlp_name}`)") };
+            let labels = labels.join(", ");
+            let kind = kind.word();
+            rows.push_str(&format!("| `{name}`{otlp} | {kind} | {unit} | {labels} | {help} |\n"));
+        }
+        rows
     }
 }
