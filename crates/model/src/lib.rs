@@ -13,6 +13,8 @@ pub mod keyed;
 pub mod outcome;
 pub mod record;
 pub mod rows;
+pub mod rules;
+pub mod seq_runs;
 pub mod stage;
 pub mod strict_toml;
 pub mod time;
