@@ -360,6 +360,9 @@ record! {
         session_generation: Option<i64>,
         /// What has been taken from each stream.
         positions: Vec<StreamPosition>,
+        /// Which messages the twin has taken, so that a successor of the stage recognises a redelivery.
+        #[serde(default)]
+        runs: Option<crate::seq_runs::StreamsText>,
     }
 }
 

@@ -18,6 +18,7 @@ pub mod seq_runs;
 pub mod stage;
 pub mod strict_toml;
 pub mod time;
+pub mod twin;
 
 /// Handles of the catalog's topics and the text of their files, generated from `topics/`.
 pub mod topics {

@@ -140,6 +140,24 @@ pub enum Refusal {
 #[serde(transparent)]
 pub struct Streams(Vec<Stream>);
 
+/// [`Streams`] as one JSON text within another record: the form in which a twin carries them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StreamsText(pub Streams);
+
+impl Serialize for StreamsText {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let text = serde_json::to_string(&self.0).map_err(serde::ser::Error::custom)?;
+        to.serialize_str(&text)
+    }
+}
+
+impl<'de> Deserialize<'de> for StreamsText {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        serde_json::from_str(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
 /// The runs of one stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stream {
@@ -188,8 +206,13 @@ pub struct Generation {
 impl Streams {
     /// Takes a message that can be processed: says whether it is new and remembers it if so.
     pub fn admit(&mut self, message: &EnvelopeRef<'_>) -> Admission {
+        self.admit_with_time(message, message.has_own_time().then_some(message.occurred_at))
+    }
+
+    /// As [`Streams::admit`], with the device's own time as the caller trusts it: `None` where its clock
+    /// is certainly wrong, so that one time from the far future does not make every later restart stale.
+    pub fn admit_with_time(&mut self, message: &EnvelopeRef<'_>, ts: Option<Timestamp>) -> Admission {
         let Some((epoch, seq)) = message.sequence() else { return Admission::Unsequenced };
-        let ts = message.has_own_time().then_some(message.occurred_at);
         let stream = self.stream_mut(message.stream);
         let hash = if ts.is_none() { hash_of(message.message_id) } else { 0 };
         let admission = match stream.epoch_mut(epoch) {

@@ -36,6 +36,29 @@ impl Timestamp {
     }
 }
 
+/// How far a device's own time may lie from the time of arrival. Outside it the clock is certainly wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeBounds {
+    /// How long before arrival: 30 days unless configured, as long as a spool may hold data.
+    pub past: Duration,
+    /// How long after arrival: 1 hour unless configured, enough for a clock that is a little fast.
+    pub future: Duration,
+}
+
+impl Default for TimeBounds {
+    fn default() -> Self {
+        Self { past: Duration::from_secs(30 * 24 * 3_600), future: Duration::from_secs(3_600) }
+    }
+}
+
+impl TimeBounds {
+    /// Says whether a message that arrived at `received_at` may have occurred at `occurred_at`; both
+    /// bounds are included.
+    pub fn accept(&self, occurred_at: Timestamp, received_at: Timestamp) -> bool {
+        received_at.minus(self.past) <= occurred_at && occurred_at <= received_at.plus(self.future)
+    }
+}
+
 impl fmt::Display for Timestamp {
     /// Writes RFC 3339 in UTC with microseconds, or the raw number outside the calendar's range.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
