@@ -47,7 +47,12 @@ pub fn parse<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, FileError
 
 /// Returns the known name nearest to `name`, or `None` where nothing is near enough to be a slip.
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let score = |k: &str| strsim::jaro_winkler(&name.to_lowercase(), &k.to_lowercase());
+    let name = name.to_lowercase();
+    let score = |k: &str| {
+        let k = k.to_lowercase();
+        let is_part = name.len() >= 4 && (k.contains(&name) || name.contains(&k) && k.len() >= 4);
+        strsim::jaro_winkler(&name, &k).max(if is_part { 0.8 } else { 0.0 })
+    };
     known
         .into_iter()
         .map(|k| (score(k), k))
