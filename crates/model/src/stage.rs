@@ -134,8 +134,13 @@ impl Effects {
     /// Emits a record under `key`, with the `traceparent` of its envelope as header. A value that does not
     /// fit its schema is a defect: the runtime stops the stage before anything is committed.
     pub fn emit<T: Serialize + Enveloped>(&mut self, topic: &str, key: &str, value: &T) {
+        self.emit_as(topic, key, &value.envelope(), value);
+    }
+
+    /// As [`Effects::emit`], for a value that borrows from its input and so is not itself [`Enveloped`].
+    pub fn emit_as<T: Serialize>(&mut self, topic: &str, key: &str, envelope: &EnvelopeRef<'_>, value: &T) {
         let topic = self.name(topic);
-        let traceparent = traceparent(&value.envelope());
+        let traceparent = traceparent(envelope);
         let headers = traceparent.as_deref().map(|t| ("traceparent", t.as_bytes()));
         let codec = &self.codec;
         let written = self.outbox.push_with(&topic, None, Some(key.as_bytes()), headers, |out| {

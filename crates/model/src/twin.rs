@@ -88,7 +88,10 @@ impl Answer {
 pub fn take_values(twin: &mut Twin, message: &DeviceMessage, bounds: TimeBounds) -> Taken {
     let unknown = message.measurements.iter().filter(|m| find(&twin.reported, &m.name).is_err()).count();
     if twin.reported.len() + unknown > FIELDS_MAX {
-        return refuse(twin, message);
+        return match leave_open(twin, message) {
+            Refusal::Duplicate { reason } => Taken::Duplicate { reason },
+            Refusal::DeadLetter => Taken::TooManyFields,
+        };
     }
     let ts = own_time(message, bounds);
     let admission = admit(twin, message, ts);
@@ -126,6 +129,15 @@ pub fn take_values(twin: &mut Twin, message: &DeviceMessage, bounds: TimeBounds)
     }
     set_cause(twin, message);
     Taken::Applied(admission)
+}
+
+/// Leaves a message that cannot be taken open in the twin's runs, for a replay.
+pub fn leave_open(twin: &mut Twin, message: &DeviceMessage) -> Refusal {
+    if twin.message_id.is_empty() {
+        // Its first message ever: the twin is written for its runs and needs an envelope of its own.
+        set_cause(twin, message);
+    }
+    twin.runs.get_or_insert_default().0.refuse(&message.envelope())
 }
 
 /// Takes a heartbeat: the newest says that the device is alive, also where no session tells (a device
@@ -302,18 +314,6 @@ fn own_time(message: &DeviceMessage, bounds: TimeBounds) -> Option<Timestamp> {
 
 fn admit(twin: &mut Twin, message: &DeviceMessage, ts: Option<Timestamp>) -> Admission {
     twin.runs.get_or_insert_default().0.admit_with_time(&message.envelope(), ts)
-}
-
-/// Leaves a message that cannot be taken open in the runs, for a replay.
-fn refuse(twin: &mut Twin, message: &DeviceMessage) -> Taken {
-    if twin.message_id.is_empty() {
-        // Its first message ever: the twin is written for its runs and needs an envelope of its own.
-        set_cause(twin, message);
-    }
-    match twin.runs.get_or_insert_default().0.refuse(&message.envelope()) {
-        Refusal::Duplicate { reason } => Taken::Duplicate { reason },
-        Refusal::DeadLetter => Taken::TooManyFields,
-    }
 }
 
 /// Notes that the device was heard and, of its newest message, where its stream stands and what it runs.
