@@ -3,6 +3,7 @@
 use super::program::{Fact, Operand};
 use super::set::RuleSet;
 use super::state::{DeviceRules, Past, PastValue, Phase};
+use crate::envelope::Measurement;
 use crate::time::Timestamp;
 use serde::Deserialize;
 
@@ -21,6 +22,22 @@ pub struct MeasurementRef<'a> {
     /// A boolean.
     #[serde(default)]
     pub flag: Option<bool>,
+    /// Unit of the number.
+    #[serde(borrow, default)]
+    pub unit: Option<&'a str>,
+}
+
+impl MeasurementRef<'_> {
+    /// Copies it out of the record.
+    pub fn to_owned(&self) -> Measurement {
+        Measurement {
+            name: self.name.to_owned(),
+            number: self.number,
+            text: self.text.map(str::to_owned),
+            flag: self.flag,
+            unit: self.unit.map(str::to_owned),
+        }
+    }
 }
 
 /// What a message says, as far as conditions may ask.

@@ -79,13 +79,14 @@ pub enum Phase {
     },
 }
 
-/// The message behind a raise, as much of it as an alert repeats.
+/// The message behind a raise or clear, as much of it as an alert repeats.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cause {
-    /// Its message id; empty for a timer.
-    pub message_id: String,
     /// Its trace.
     pub trace_id: String,
+    /// The request that it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
     /// `sequence` or `none`.
     pub identity: String,
     /// Its stream.

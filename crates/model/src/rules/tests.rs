@@ -484,3 +484,27 @@ fn a_pending_rule_is_due_when_it_has_held_and_a_changed_rule_is_stale() {
     rules.index();
     assert_eq!(state.take_stale(&rules)[0].1, "rule_disabled");
 }
+
+#[test]
+fn the_rules_of_the_demo_and_of_the_documentation_are_valid() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut texts = Vec::new();
+    for entry in std::fs::read_dir(root.join("demo/rules")).expect("the demo has rules") {
+        let path = entry.expect("readable").path();
+        let text = std::fs::read_to_string(&path).expect("readable");
+        let stem = path.file_stem().and_then(|s| s.to_str()).expect("UTF-8").to_owned();
+        assert!(text.contains(&format!("id = \"{stem}\"")), "{stem} is named after its file");
+        texts.push((stem, text));
+    }
+    let page = std::fs::read_to_string(root.join("docs/rules.md")).expect("readable");
+    let blocks: Vec<_> =
+        page.split("```toml\n").skip(1).map(|b| b.split("```").next().unwrap_or_default()).collect();
+    texts.push(("docs/rules.md".to_owned(), blocks.concat()));
+    assert!(texts.len() >= 3, "{texts:?}");
+    for (name, text) in texts {
+        let mut rules = RuleSet::default();
+        assert_eq!(rules.put(&name, &text, 1), Ok(()));
+        rules.index();
+        assert_eq!(rules.len(), 1, "{name}");
+    }
+}
