@@ -51,15 +51,20 @@ impl Books {
 
     /// Counts one record.
     pub fn count(&mut self, settled: &Settled) {
-        self.counts[settled.outcome.index()] += 1;
-        if settled.reason.is_empty() {
+        self.add(settled.outcome, &settled.reason, 1);
+    }
+
+    /// Counts `n` records with the same outcome and reason.
+    pub fn add(&mut self, outcome: Outcome, reason: &str, n: u64) {
+        self.counts[outcome.index()] += n;
+        if reason.is_empty() {
             return;
         }
-        let name = format!("{}:{}", settled.outcome, settled.reason);
+        let name = format!("{outcome}:{reason}");
         if self.reasons.len() < REASONS_MAX || self.reasons.contains_key(&name) {
-            *self.reasons.entry(name).or_default() += 1;
+            *self.reasons.entry(name).or_default() += n;
         } else {
-            self.other_reasons += 1;
+            self.other_reasons += n;
         }
     }
 

@@ -1,6 +1,25 @@
 //! One visible loop per kind of stage, over ports.
 //!
 //! The crate knows no Kafka, MQTT or SQL: a loop takes a [`ports::Source`] and writes through
-//! [`ports::Transactions`] (decide) or [`ports::Store`] (load).
+//! [`ports::Transactions`] (decide) or [`ports::Store`] (load). Everything that happens to a stage is a
+//! [`ports::PipelineEvent`]; one loop on one thread consumes it. Time comes from a [`Clock`] and passes
+//! only while the source is polled, so a test drives a loop through hours without sleeping.
 
+mod clock;
+pub mod codes;
+mod config;
+mod dead_letter;
+mod decide;
+mod lane;
+mod load;
 pub mod ports;
+mod schemas;
+mod signals;
+mod tables;
+mod timers;
+
+pub use clock::{Clock, WallClock};
+pub use config::{LoopConfig, Shutdown, Stopped};
+pub use dead_letter::{Fault, push_dead_letter};
+pub use decide::{DecideLoop, DecidePorts, run_decide};
+pub use load::{LoadLoop, LoadPorts, run_load};

@@ -1,0 +1,113 @@
+//! The stable codes of errors that a person must act on. `throughline explain <code>` prints them.
+
+/// A code with what it means and what to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Code {
+    /// `TL-<AREA>-<number>`; never reused for something else.
+    pub id: &'static str,
+    /// One line.
+    pub title: &'static str,
+    /// What happened and why the stage does not go on by itself.
+    pub explanation: &'static str,
+    /// The command that helps and what it does.
+    pub remedy: &'static str,
+}
+
+/// A committed offset carries metadata that the stage did not write.
+pub const FOREIGN_OFFSET: &str = "TL-KAFKA-012";
+/// The changelog holds something that is not a state of the stage.
+pub const STATE_UNREADABLE: &str = "TL-STATE-001";
+/// A state does not fit its schema.
+pub const STATE_UNWRITABLE: &str = "TL-STATE-002";
+/// A stage emitted a value that does not fit its topic's schema.
+pub const OUTPUT_INVALID: &str = "TL-STAGE-001";
+/// A timer that fired is still due.
+pub const TIMER_STUCK: &str = "TL-STAGE-002";
+/// The source delivered a topic that the stage does not read.
+pub const TOPIC_UNEXPECTED: &str = "TL-STAGE-003";
+/// A store refused a write that holds no rows.
+pub const STORE_REFUSES_NOTHING: &str = "TL-STORE-009";
+
+/// Every code, in order of its id.
+pub const CODES: &[Code] = &[
+    Code {
+        id: FOREIGN_OFFSET,
+        title: "a committed offset was moved by a foreign tool",
+        explanation: "The offset of a consumer group carries no books of ours, or books of an unknown \
+                      version: kafka-consumer-groups, a console or another program moved it. Counting on \
+                      from it would make the books lie about what was processed, so the stage stops.",
+        remedy: "`throughline groups adopt <group>` accepts the position and opens a new, named volume of \
+                 the books; `throughline groups adopt <group> --reject` puts back the last position that \
+                 the stage committed. Both show what they would do first.",
+    },
+    Code {
+        id: OUTPUT_INVALID,
+        title: "a stage emitted a value that does not fit its topic's schema",
+        explanation: "This is a defect of the stage or a topic that is not bound to its schema. Nothing of \
+                      the transaction was committed.",
+        remedy: "`throughline topics plan` shows whether a schema is missing; `throughline topics apply` \
+                 registers it. Otherwise report the defect with the message.",
+    },
+    Code {
+        id: TIMER_STUCK,
+        title: "a timer that fired is still due",
+        explanation: "After a timer fired, the state's next due time must be later. It is not, so the stage \
+                      would fire for ever. This is a defect of the stage.",
+        remedy: "Report the defect with the message; the previous version of the stage can take over, \
+                 nothing of the transaction was committed.",
+    },
+    Code {
+        id: TOPIC_UNEXPECTED,
+        title: "a partition was offered of a topic that the stage does not read",
+        explanation: "Another program uses the stage's consumer group with other topics, or the members \
+                      run different versions.",
+        remedy: "`throughline groups show <group>` lists the members and what they subscribe to; stop the \
+                 one that does not belong.",
+    },
+    Code {
+        id: STATE_UNREADABLE,
+        title: "a changelog holds something that is not a state of the stage",
+        explanation: "Another program wrote to the changelog topic, or a newer version of the stage did. \
+                      Going on without that state would repeat or lose effects.",
+        remedy: "Run the newest version that wrote it. If a foreign record is the cause, write a tombstone \
+                 under its key; the message names partition and offset.",
+    },
+    Code {
+        id: STATE_UNWRITABLE,
+        title: "a state does not fit its schema",
+        explanation: "This is a defect of the stage. Nothing of the transaction was committed.",
+        remedy: "Report the defect with the message; the previous version of the stage can take over.",
+    },
+    Code {
+        id: STORE_REFUSES_NOTHING,
+        title: "a store refused a write that holds no rows",
+        explanation: "The store answered with a data error although only positions were to be written: \
+                      its own tables do not fit this version.",
+        remedy: "`throughline doctor` compares the tables with what this version needs.",
+    },
+];
+
+/// Returns what is known about a code; letter case does not matter.
+pub fn explain(id: &str) -> Option<&'static Code> {
+    CODES.iter().find(|code| code.id.eq_ignore_ascii_case(id.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_well_formed_unique_and_in_order() {
+        for pair in CODES.windows(2) {
+            assert!(pair[0].id < pair[1].id, "{} comes before {}", pair[0].id, pair[1].id);
+        }
+        for code in CODES {
+            let parts: Vec<&str> = code.id.split('-').collect();
+            let number = parts.last().and_then(|n| n.parse::<u32>().ok());
+            assert!(parts.len() == 3 && parts[0] == "TL" && number.is_some(), "{}", code.id);
+            assert!(!code.title.is_empty() && !code.explanation.is_empty() && !code.remedy.is_empty());
+            assert_eq!(explain(&code.id.to_lowercase()), Some(code));
+        }
+        assert_eq!(explain("TL-NOPE-999"), None);
+    }
+}

@@ -1,0 +1,88 @@
+//! What a loop is told, how it is asked to end, and how it ends when a person must act.
+
+use crate::ports::Failure;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Bounds and intervals of a loop.
+#[derive(Clone, Debug)]
+pub struct LoopConfig {
+    /// How long something may wait for the commit; `None` takes the stage's own
+    /// [`commit_interval`](throughline_model::stage::StageSpec::commit_interval).
+    pub commit_interval: Option<Duration>,
+    /// A commit comes early when this many records were processed (load: rows made) since the last.
+    pub records_max: usize,
+    /// A commit comes early when this many bytes were read since the last; also how much output a decide
+    /// stage holds before it hands it to the open transaction.
+    pub bytes_max: usize,
+    /// The longest wait for an event, which bounds how late a table change or a timer is seen.
+    pub poll_wait: Duration,
+    /// First delay after a failure; doubled up to [`LoopConfig::retry_most`].
+    pub retry_least: Duration,
+    /// Longest delay after a failure.
+    pub retry_most: Duration,
+    /// How far the tick of idle partitions stays behind the clock, so that a record which the broker has
+    /// stamped but the consumer has not fetched yet comes before the timers that are later than it.
+    pub tick_grace: Duration,
+    /// A dead letter that was replayed this often goes to the parking topic instead.
+    pub replays_max: u32,
+}
+
+impl Default for LoopConfig {
+    fn default() -> Self {
+        Self {
+            commit_interval: None,
+            records_max: 10_000,
+            bytes_max: 8 << 20,
+            poll_wait: Duration::from_millis(100),
+            retry_least: Duration::from_millis(100),
+            retry_most: Duration::from_secs(10),
+            tick_grace: Duration::from_millis(250),
+            replays_max: 10,
+        }
+    }
+}
+
+/// Asks loops to commit what is in flight, give their partitions back and return.
+#[derive(Clone, Debug, Default)]
+pub struct Shutdown(Arc<AtomicBool>);
+
+impl Shutdown {
+    /// Makes a flag that nobody has raised.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks every loop that shares the flag to end.
+    pub fn request(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Says whether the end was asked for.
+    pub fn is_requested(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// A stage stopped because a person must act.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("stage `{stage}` stopped ({code}): {message}")]
+pub struct Stopped {
+    /// The stage.
+    pub stage: &'static str,
+    /// The code that `throughline explain` describes.
+    pub code: &'static str,
+    /// What, where, why, and the command that helps.
+    pub message: String,
+}
+
+impl Stopped {
+    /// Tells a failure that stops the stage from one that the loop recovers from.
+    pub(crate) fn unless_recoverable(stage: &'static str, failure: Failure) -> Result<Failure, Self> {
+        match failure {
+            Failure::Stop { code, message } => Err(Self { stage, code, message }),
+            recoverable => Ok(recoverable),
+        }
+    }
+}

@@ -1,0 +1,763 @@
+//! The loop of decide stages: Kafka to Kafka, with outputs, state changes and offsets in one transaction.
+//!
+//! The unit is a task: partition number p over all inputs and their replay topics. It is active while p of
+//! every one of them is owned; its state lives in partition p of the changelog. There is a single way back
+//! from any failed or unknown commit: drop producer and state, reset, read the committed offsets, restore,
+//! go on, with bounded back-off.
+
+use crate::clock::{Backoff, Clock, elapsed, seconds_between};
+use crate::codes;
+use crate::config::{LoopConfig, Shutdown, Stopped};
+use crate::dead_letter::Fault;
+use crate::lane::{BatchTiming, Lane, wait_seconds};
+use crate::ports::{Failure, PipelineEvent, SchemaSource, Source, TableReader, Transactions};
+use crate::schemas::Schemas;
+use crate::signals::{Notes, Signals};
+use crate::tables::Tables;
+use crate::timers::Timers;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use throughline_model::catalog::replay_topic;
+use throughline_model::codec::Codec;
+use throughline_model::keyed::{Keyed, KeyedState};
+use throughline_model::outcome::Outcome;
+use throughline_model::record::{Batch, TopicPartition};
+use throughline_model::stage::{Decide, Effects, Input, StageSpec};
+use throughline_model::time::Timestamp;
+use throughline_telemetry::RoleHealth;
+
+/// What a decide stage runs on.
+pub struct DecidePorts<S, T, R, Q> {
+    /// The group's member; subscribed to the inputs and their replay topics.
+    pub source: S,
+    /// The transactional producer.
+    pub transactions: T,
+    /// Reads tables and the changelog.
+    pub tables: R,
+    /// Resolves schema ids.
+    pub schemas: Q,
+    /// The schemas known so far, with the output topics bound.
+    pub codec: Arc<Codec>,
+    /// The platform's time.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// Runs a decide stage until `shutdown`, then commits what is in flight and gives the partitions back.
+/// Blocks; needs a thread of its own.
+///
+/// # Errors
+/// [`Stopped`] when a person must act.
+pub fn run_decide<D, S, T, R, Q>(
+    stage: D,
+    ports: DecidePorts<S, T, R, Q>,
+    config: LoopConfig,
+    shutdown: &Shutdown,
+    health: RoleHealth,
+) -> Result<(), Stopped>
+where
+    D: Decide,
+    S: Source,
+    T: Transactions,
+    R: TableReader,
+    Q: SchemaSource,
+{
+    let mut decide = DecideLoop::new(stage, ports, config, health);
+    while !shutdown.is_requested() {
+        decide.turn()?;
+    }
+    decide.drain()
+}
+
+struct Task<S> {
+    states: Keyed<S>,
+    timers: Timers,
+}
+
+/// A decide stage at work. [`run_decide`] turns it; a test may turn it step by step.
+pub struct DecideLoop<D: Decide, S, T, R, Q> {
+    stage: D,
+    spec: StageSpec,
+    topics: Vec<Arc<str>>,
+    changelog: Option<Arc<str>>,
+    config: LoopConfig,
+    commit_interval: Duration,
+    source: S,
+    transactions: T,
+    reader: R,
+    schemas: Schemas<Q>,
+    clock: Arc<dyn Clock>,
+    signals: Signals,
+    tables: Tables,
+    effects: Effects,
+    lanes: BTreeMap<TopicPartition, Lane>,
+    tasks: BTreeMap<i32, Task<D::State>>,
+    /// Whether the producer must be reset before anything else: at the start and after any failure.
+    needs_reset: bool,
+    recovery: Backoff,
+    setup: Backoff,
+    reachable: Reach,
+    pending: Pending,
+}
+
+/// What waits for the commit.
+#[derive(Default)]
+struct Pending {
+    since: Option<Timestamp>,
+    records: usize,
+    bytes: usize,
+    /// Tasks whose timers fired: their positions are committed along even where they did not move, so that
+    /// the group's generation fences the transaction.
+    fired: Vec<i32>,
+}
+
+/// Whether Kafka delivers. A source says once that it does not; that it does again shows in an event or in
+/// an answer.
+enum Reach {
+    Yes,
+    No(Backoff),
+    /// Answers again since then; what was appended meanwhile may still be on its way.
+    Again(Timestamp),
+}
+
+impl<D, S, T, R, Q> DecideLoop<D, S, T, R, Q>
+where
+    D: Decide,
+    S: Source,
+    T: Transactions,
+    R: TableReader,
+    Q: SchemaSource,
+{
+    /// Makes a loop that has not touched any port yet.
+    pub fn new(stage: D, ports: DecidePorts<S, T, R, Q>, config: LoopConfig, health: RoleHealth) -> Self {
+        let spec = stage.spec().clone();
+        let replays = spec.inputs.iter().map(|input| replay_topic(input, spec.group).into());
+        let inputs = spec.inputs.iter().map(|input| Arc::from(*input));
+        let backoff = || Backoff::new(config.retry_least, config.retry_most);
+        Self {
+            topics: inputs.chain(replays).collect(),
+            changelog: spec.changelog.as_deref().map(Arc::from),
+            commit_interval: config.commit_interval.unwrap_or(spec.commit_interval),
+            source: ports.source,
+            transactions: ports.transactions,
+            reader: ports.tables,
+            schemas: Schemas::new(ports.schemas, Arc::clone(&ports.codec), &config),
+            clock: ports.clock,
+            signals: Signals::new(spec.group, health),
+            tables: Tables::default(),
+            effects: Effects::new(ports.codec),
+            lanes: BTreeMap::new(),
+            tasks: BTreeMap::new(),
+            needs_reset: true,
+            recovery: backoff(),
+            setup: backoff(),
+            reachable: Reach::Yes,
+            pending: Pending::default(),
+            stage,
+            spec,
+            config,
+        }
+    }
+
+    /// Takes one event and does what is due after it.
+    ///
+    /// # Errors
+    /// [`Stopped`] when a person must act; the loop must then be dropped.
+    pub fn turn(&mut self) -> Result<(), Stopped> {
+        let event = self.source.poll(self.wait());
+        self.signals.turned();
+        self.take(event)?;
+        if self.needs_reset {
+            self.reset()?;
+        }
+        if !self.needs_reset {
+            self.set_up()?;
+            self.resolve_held()?;
+            self.tick()?;
+            self.commit_if_due()?;
+        }
+        self.note();
+        Ok(())
+    }
+
+    /// Commits what is in flight and gives the partitions back. A commit that fails is left to the next
+    /// owner, which begins at the committed positions.
+    ///
+    /// # Errors
+    /// [`Stopped`] when a person must act.
+    pub fn drain(mut self) -> Result<(), Stopped> {
+        let committed = if self.needs_reset { Ok(()) } else { self.commit_now() };
+        let owned: Vec<_> = self.lanes.keys().cloned().collect();
+        self.source.release(&owned);
+        committed
+    }
+
+    fn take(&mut self, event: PipelineEvent) -> Result<(), Stopped> {
+        match event {
+            PipelineEvent::Offered(partitions) => self.offered(partitions)?,
+            PipelineEvent::Revoking(partitions) => {
+                if !self.needs_reset {
+                    self.commit_now()?;
+                }
+                self.give_up(&partitions);
+            }
+            PipelineEvent::Lost(partitions) => {
+                if self.is_pending() {
+                    let why = "the member lost its partitions".to_owned();
+                    self.recover(Failure::Fenced(why))?;
+                }
+                self.give_up(&partitions);
+            }
+            PipelineEvent::Records(batch) => {
+                self.reached();
+                self.receive(batch)?;
+            }
+            PipelineEvent::CaughtUp(partition) => {
+                self.reached();
+                if let Some(lane) = self.lanes.get_mut(&partition) {
+                    lane.caught_up = lane.active;
+                }
+            }
+            PipelineEvent::Overtaken { partition, from, to } => self.overtaken(&partition, from, to),
+            PipelineEvent::Idle => {}
+            PipelineEvent::Unavailable(message) => {
+                self.signals.failed(&Failure::Dependency { dependency: "kafka", message });
+                self.reachable = Reach::No(Backoff::new(self.config.retry_least, self.config.retry_most));
+            }
+        }
+        Ok(())
+    }
+
+    // ---- partitions ------------------------------------------------------------------------------------
+
+    fn offered(&mut self, partitions: Vec<TopicPartition>) -> Result<(), Stopped> {
+        for partition in partitions {
+            let Some(lane) = Lane::of(&self.spec, &self.config, partition.clone()) else {
+                let message = format!("{partition} was offered to group `{}`", self.spec.group);
+                return Err(self.stopped(codes::TOPIC_UNEXPECTED, message));
+            };
+            self.lanes.insert(partition, lane);
+        }
+        Ok(())
+    }
+
+    /// Forgets partitions, and the state of every task that is no longer complete.
+    fn give_up(&mut self, partitions: &[TopicPartition]) {
+        for partition in partitions {
+            self.lanes.remove(partition);
+        }
+        for partition in partitions {
+            if self.tasks.remove(&partition.partition).is_some() {
+                self.suspend(partition.partition);
+            }
+        }
+        self.source.release(partitions);
+    }
+
+    /// Stops the delivery of what is left of a task.
+    fn suspend(&mut self, number: i32) {
+        let mut paused = Vec::new();
+        for lane in self.lanes.values_mut().filter(|lane| lane.source.partition == number) {
+            if lane.active && !lane.paused {
+                paused.push(lane.source.clone());
+                lane.paused = true;
+            }
+            lane.deactivate();
+        }
+        if !paused.is_empty() {
+            self.source.pause(&paused, true);
+        }
+    }
+
+    fn overtaken(&mut self, partition: &TopicPartition, from: i64, to: i64) {
+        let Some(lane) = self.lanes.get_mut(partition).filter(|lane| lane.active) else { return };
+        let lost = lane.overtake(from, to);
+        self.signals.overtaken(partition, from, to, lost);
+        self.pending.since.get_or_insert(self.clock.now());
+    }
+
+    /// Reads the tables first; then activates complete tasks, one a turn, so that the source is polled in
+    /// between.
+    fn set_up(&mut self) -> Result<(), Stopped> {
+        let now = self.clock.now();
+        if !self.setup.is_due(now) {
+            return Ok(());
+        }
+        let followed =
+            self.tables.follow(&mut self.stage, &mut self.reader, &mut self.schemas, &self.signals, now);
+        let done = followed.and_then(|()| match self.next_complete() {
+            Some(number) if self.tables.are_complete() => self.activate(number),
+            _ => Ok(()),
+        });
+        match done {
+            Ok(()) => {
+                if self.setup.has_failed() {
+                    // Whatever failed before was tried again just now.
+                    self.signals.work_again();
+                    self.setup.succeeded();
+                }
+                self.signals.ready();
+                Ok(())
+            }
+            Err(failure) => {
+                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                self.signals.failed(&failure);
+                self.setup.failed(self.clock.now());
+                Ok(())
+            }
+        }
+    }
+
+    /// Returns the first task that is complete and not active.
+    fn next_complete(&self) -> Option<i32> {
+        let numbers = self.lanes.values().filter(|lane| !lane.active).map(|lane| lane.source.partition);
+        let mut numbers = numbers.filter(|number| !self.tasks.contains_key(number));
+        numbers.find(|number| {
+            let owned = |topic: &Arc<str>| {
+                self.lanes.contains_key(&TopicPartition { topic: Arc::clone(topic), partition: *number })
+            };
+            self.topics.iter().all(owned)
+        })
+    }
+
+    fn activate(&mut self, number: i32) -> Result<(), Failure> {
+        let name = |topic: &Arc<str>| TopicPartition { topic: Arc::clone(topic), partition: number };
+        let partitions: Vec<_> = self.topics.iter().map(name).collect();
+        // The committed positions come first: they wait for open transactions, whose state changes the
+        // restore must see.
+        let positions = self.source.committed(&partitions)?;
+        for (partition, found) in partitions.iter().zip(positions) {
+            let lane = self.lanes.get_mut(partition).expect("the task is complete");
+            lane.position(self.spec.group, found)?;
+        }
+        let states = self.restore(number)?;
+        let timers = Timers::of(&states, |state| self.stage.due_at(state));
+        let starts: Vec<_> = partitions.iter().map(|p| (p.clone(), self.lanes[p].next)).collect();
+        self.source.start(&starts)?;
+        tracing::info!(
+            stage = self.spec.group,
+            partition = number,
+            keys = states.len(),
+            positions = %starts.iter().map(|(p, next)| format!("{p}@{next}")).collect::<Vec<_>>().join(" "),
+            "a task begins"
+        );
+        self.tasks.insert(number, Task { states, timers });
+        let mut resumed = Vec::new();
+        for partition in partitions {
+            let lane = self.lanes.get_mut(&partition).expect("the task is complete");
+            lane.active = true;
+            if std::mem::take(&mut lane.paused) {
+                resumed.push(partition);
+            }
+        }
+        if !resumed.is_empty() {
+            self.source.pause(&resumed, false);
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, number: i32) -> Result<Keyed<D::State>, Failure> {
+        let mut states = Keyed::default();
+        let Some(topic) = &self.changelog else { return Ok(states) };
+        let partition = TopicPartition { topic: Arc::clone(topic), partition: number };
+        let now = self.clock.now();
+        let mut result = Ok(());
+        self.reader.read_partition(&partition, &mut |batch| {
+            if result.is_ok() {
+                result = self.schemas.resolve(batch, now);
+            }
+            if result.is_ok() {
+                result = restore_batch(batch, self.schemas.codec(), &mut states);
+            }
+        })?;
+        result.map(|()| states)
+    }
+
+    // ---- records ---------------------------------------------------------------------------------------
+
+    fn receive(&mut self, batch: Batch) -> Result<(), Stopped> {
+        let Some(lane) = self.lanes.get_mut(&batch.source).filter(|lane| lane.active) else {
+            return Ok(()); // Fetched before the partition was given up or the transaction failed.
+        };
+        lane.caught_up = false;
+        if !lane.held.is_empty() {
+            lane.held.push_back(batch);
+            return Ok(());
+        }
+        match self.schemas.resolve(&batch, self.clock.now()) {
+            Ok(()) => self.process(&batch),
+            Err(failure) => self.hold(batch, failure),
+        }
+    }
+
+    /// Keeps a batch whose schema cannot be asked for now, and everything behind it.
+    fn hold(&mut self, batch: Batch, failure: Failure) -> Result<(), Stopped> {
+        let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+        self.signals.failed(&failure);
+        let source = batch.source.clone();
+        let lane = self.lanes.get_mut(&source).expect("the batch was received by its lane");
+        lane.held.push_back(batch);
+        if !std::mem::replace(&mut lane.paused, true) {
+            self.source.pause(&[source], true);
+        }
+        Ok(())
+    }
+
+    /// Asks again for the schemas that held batches wait for, and processes what is resolved.
+    fn resolve_held(&mut self) -> Result<(), Stopped> {
+        while self.schemas.backoff.is_due(self.clock.now()) {
+            let Some(lane) = self.lanes.values_mut().find(|lane| !lane.held.is_empty()) else { break };
+            let batch = lane.held.front().expect("it is not empty");
+            match self.schemas.resolve(batch, self.clock.now()) {
+                Ok(()) => {
+                    let batch = lane.held.pop_front().expect("it is not empty");
+                    self.signals.works("registry");
+                    self.process(&batch)?;
+                    self.resume_if_free(&batch.source);
+                }
+                Err(failure) => {
+                    let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                    self.signals.failed(&failure);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn resume_if_free(&mut self, partition: &TopicPartition) {
+        let Some(lane) = self.lanes.get_mut(partition) else { return };
+        if lane.active && lane.paused && lane.held.is_empty() {
+            lane.paused = false;
+            self.source.pause(std::slice::from_ref(partition), false);
+        }
+    }
+
+    fn process(&mut self, batch: &Batch) -> Result<(), Stopped> {
+        let began = self.clock.now();
+        let mut failed = None;
+        let lane = self.lanes.get_mut(&batch.source).expect("only active lanes process");
+        let task = self.tasks.get_mut(&batch.source.partition).expect("an active lane has its task");
+        let before = lane.tally.counts();
+        // After a seek a batch may begin with records that were processed already.
+        let unread = lane.next;
+        for record in batch.iter().filter(|record| record.offset >= unread) {
+            // Timers that were due before this record come first, wherever a batch begins or ends.
+            let earlier = Timestamp(record.time.0 - 1);
+            if task.timers.next().is_some_and(|due| due <= earlier) {
+                fire_due(&mut self.stage, task, &mut self.effects, earlier, self.spec.group)?;
+            }
+            let input = Input {
+                topic: &lane.topic,
+                replayed: lane.replayed,
+                partition: batch.source.partition,
+                record,
+                codec: self.schemas.codec(),
+            };
+            let settled = self.stage.process(&input, &mut task.states, &mut self.effects);
+            if settled.outcome == Outcome::DeadLettered {
+                let fault = Fault {
+                    stage: self.spec.group,
+                    topic: &batch.source.topic,
+                    partition: batch.source.partition,
+                    replayed: lane.replayed,
+                    step: Fault::step_of(&settled.reason),
+                    code: &settled.reason,
+                    message: settled.message.as_deref().unwrap_or_default(),
+                };
+                lane.destination.push(self.effects.outbox_mut(), &record, &fault);
+            }
+            lane.pass(record.offset, &settled);
+            task.timers.follow(&mut task.states, |state| self.stage.due_at(state));
+            if self.effects.outbox().bytes_held() >= self.config.bytes_max {
+                failed = flush(&mut self.effects, &mut self.transactions, &self.spec).err();
+                if failed.is_some() {
+                    break;
+                }
+            }
+        }
+        let done = self.clock.now();
+        let after = lane.tally.counts();
+        let counts = std::array::from_fn(|i| after[i] - before[i]);
+        lane.time_batch(BatchTiming {
+            wait_s: wait_seconds(batch, began),
+            age_s: message_age(batch, self.schemas.codec(), began),
+            work_s: seconds_between(began, done),
+            done_at: done,
+            counts,
+        });
+        self.pending.since.get_or_insert(began);
+        self.pending.records += batch.len();
+        self.pending.bytes += batch.bytes_held();
+        failed.map_or(Ok(()), |failure| self.recover(failure))
+    }
+
+    // ---- timers of idle partitions ---------------------------------------------------------------------
+
+    /// Lets timers fire by the clock where every partition of a task was read to its end.
+    fn tick(&mut self) -> Result<(), Stopped> {
+        let now = self.clock.now().minus(self.config.tick_grace);
+        let idle: Vec<i32> = self
+            .tasks
+            .iter()
+            .filter(|(number, task)| {
+                task.timers.first_due(now).is_some()
+                    && self.lanes.values().filter(|l| l.source.partition == **number).all(|l| l.caught_up)
+            })
+            .map(|(number, _)| *number)
+            .collect();
+        if idle.is_empty() || !self.kafka_answers() {
+            return Ok(());
+        }
+        for number in idle {
+            let task = self.tasks.get_mut(&number).expect("it was just listed");
+            fire_due(&mut self.stage, task, &mut self.effects, now, self.spec.group)?;
+            self.pending.fired.push(number);
+            self.pending.since.get_or_insert(self.clock.now());
+            if self.effects.outbox().bytes_held() >= self.config.bytes_max {
+                let flushed = flush(&mut self.effects, &mut self.transactions, &self.spec);
+                if let Err(failure) = flushed {
+                    return self.recover(failure);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn reached(&mut self) {
+        if matches!(self.reachable, Reach::No(_)) {
+            self.reachable = Reach::Again(self.clock.now());
+            self.signals.works("kafka");
+        }
+    }
+
+    /// Says whether Kafka delivers now, asking it where the source said that it does not.
+    fn kafka_answers(&mut self) -> bool {
+        let now = self.clock.now();
+        match &mut self.reachable {
+            Reach::Yes => return true,
+            Reach::Again(since) => {
+                // As long as the longest poll once more: records appended during the outage come first.
+                if elapsed(*since, now) >= self.config.poll_wait.saturating_mul(10) {
+                    self.reachable = Reach::Yes;
+                    return true;
+                }
+            }
+            Reach::No(backoff) if backoff.is_due(now) => {
+                let owned: Vec<_> = self.lanes.keys().cloned().collect();
+                match self.source.committed(&owned) {
+                    Ok(_) => self.reached(),
+                    Err(_) => backoff.failed(now), // Said already, by the event.
+                }
+            }
+            Reach::No(_) => {}
+        }
+        false
+    }
+
+    // ---- commits and recovery --------------------------------------------------------------------------
+
+    fn is_pending(&self) -> bool {
+        self.pending.since.is_some()
+    }
+
+    fn commit_if_due(&mut self) -> Result<(), Stopped> {
+        let Some(since) = self.pending.since else { return Ok(()) };
+        let due = elapsed(since, self.clock.now()) >= self.commit_interval
+            || self.pending.records >= self.config.records_max
+            || self.pending.bytes >= self.config.bytes_max;
+        if due { self.commit_now() } else { Ok(()) }
+    }
+
+    /// Commits what is pending, or takes the single way back.
+    fn commit_now(&mut self) -> Result<(), Stopped> {
+        if !self.is_pending() {
+            return Ok(());
+        }
+        match self.commit() {
+            Ok(()) => Ok(()),
+            Err(failure) => self.recover(failure),
+        }
+    }
+
+    fn commit(&mut self) -> Result<(), Failure> {
+        self.write_states()?;
+        flush(&mut self.effects, &mut self.transactions, &self.spec)?;
+        let fired = |lane: &Lane| self.pending.fired.contains(&lane.source.partition) && lane.next >= 0;
+        let moved = self.lanes.values().filter(|lane| lane.active && (lane.has_moved() || fired(lane)));
+        let advances: Vec<_> = moved.map(Lane::advance).collect();
+        self.transactions.commit(&advances)?;
+        let now = self.clock.now();
+        for advance in &advances {
+            let lane = self.lanes.get_mut(&advance.partition).expect("its advance was just made");
+            self.signals.lane_committed(lane, now);
+            lane.committed(advance);
+        }
+        self.signals.committed();
+        self.signals.works("kafka");
+        self.recovery.succeeded();
+        self.pending = Pending::default();
+        Ok(())
+    }
+
+    /// Puts the changed states of every task into the outbox, handing it over where it grows large.
+    fn write_states(&mut self) -> Result<(), Failure> {
+        let Some(topic) = self.changelog.clone() else { return Ok(()) };
+        let codec = Arc::clone(self.schemas.codec());
+        for (number, task) in &mut self.tasks {
+            let (effects, transactions, spec) = (&mut self.effects, &mut self.transactions, &self.spec);
+            task.states.drain_dirty(|key, state| {
+                let outbox = effects.outbox_mut();
+                let bytes = Some(key.as_bytes());
+                let written = outbox.push_with(&topic, Some(*number), bytes, None, |out| {
+                    state.encode(&codec, out).map(|()| true)
+                });
+                written.map_err(|e| Failure::Stop {
+                    code: codes::STATE_UNWRITABLE,
+                    message: format!("the state under `{key}` of stage `{}`: {e}", spec.group),
+                })?;
+                if outbox.bytes_held() >= self.config.bytes_max {
+                    flush(effects, transactions, spec)?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Drops everything that is not committed; the loop begins again at the committed positions.
+    fn recover(&mut self, failure: Failure) -> Result<(), Stopped> {
+        let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+        self.signals.recovers(&failure);
+        if matches!(failure, Failure::Dependency { .. }) {
+            self.signals.failed(&failure);
+        }
+        self.recovery.failed(self.clock.now());
+        self.needs_reset = true;
+        self.effects.outbox_mut().clear();
+        self.pending = Pending::default();
+        for number in std::mem::take(&mut self.tasks).into_keys() {
+            self.suspend(number);
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), Stopped> {
+        if !self.recovery.is_due(self.clock.now()) {
+            return Ok(());
+        }
+        match self.transactions.reset() {
+            Ok(()) => {
+                self.needs_reset = false;
+                Ok(())
+            }
+            Err(failure) => {
+                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                self.signals.failed(&failure);
+                self.recovery.failed(self.clock.now());
+                Ok(())
+            }
+        }
+    }
+
+    // ---- small things ----------------------------------------------------------------------------------
+
+    /// Returns how long the next poll may wait: not beyond the next thing that is due.
+    fn wait(&self) -> Duration {
+        let now = self.clock.now();
+        let mut wait = self.config.poll_wait;
+        if self.needs_reset {
+            return wait.min(self.recovery.remaining(now));
+        }
+        if !self.tables.are_complete() || self.next_complete().is_some() {
+            wait = wait.min(self.setup.remaining(now));
+        }
+        if let Some(since) = self.pending.since {
+            wait = wait.min(self.commit_interval.saturating_sub(elapsed(since, now)));
+        }
+        if self.lanes.values().any(|lane| !lane.held.is_empty()) {
+            wait = wait.min(self.schemas.backoff.remaining(now));
+        }
+        wait
+    }
+
+    fn note(&mut self) {
+        let now = self.clock.now();
+        let (lanes, tasks, pending) = (&self.lanes, &self.tasks, &self.pending);
+        self.signals.note(now, lanes.values(), || Notes {
+            in_flight: lanes.values().map(|lane| lane.tally.records()).sum(),
+            pending_since: pending.since,
+            state_keys: tasks.values().map(|task| task.states.len()).sum(),
+        });
+    }
+
+    fn stopped(&self, code: &'static str, message: String) -> Stopped {
+        Stopped { stage: self.spec.group, code, message }
+    }
+}
+
+/// Lets every timer of a task fire that is due at or before `now`, in order of (due time, key).
+fn fire_due<D: Decide>(
+    stage: &mut D,
+    task: &mut Task<D::State>,
+    effects: &mut Effects,
+    now: Timestamp,
+    group: &'static str,
+) -> Result<(), Stopped> {
+    while let Some((due, key)) = task.timers.first_due(now) {
+        let key = key.to_owned();
+        stage.fire(&key, due, &mut task.states, effects);
+        task.timers.follow(&mut task.states, |state| stage.due_at(state));
+        if task.timers.due(&key).is_some_and(|next| next <= due) {
+            let message = format!("the timer of `{key}` in stage `{group}` was due at {due} and still is");
+            return Err(Stopped { stage: group, code: codes::TIMER_STUCK, message });
+        }
+    }
+    Ok(())
+}
+
+/// Hands what was emitted to the open transaction.
+fn flush<T: Transactions>(
+    effects: &mut Effects,
+    transactions: &mut T,
+    spec: &StageSpec,
+) -> Result<(), Failure> {
+    if let Some(error) = effects.take_failure() {
+        let message = format!("stage `{}`: {error}", spec.group);
+        return Err(Failure::Stop { code: codes::OUTPUT_INVALID, message });
+    }
+    if !effects.outbox().is_empty() {
+        transactions.send(effects.outbox())?;
+        effects.outbox_mut().clear();
+    }
+    Ok(())
+}
+
+fn restore_batch<S: KeyedState>(batch: &Batch, codec: &Codec, states: &mut Keyed<S>) -> Result<(), Failure> {
+    for record in batch.iter() {
+        let unreadable = |why: String| Failure::Stop {
+            code: codes::STATE_UNREADABLE,
+            message: format!("{} at offset {}: {why}", batch.source, record.offset),
+        };
+        let key = record.key_str().ok_or_else(|| unreadable("the key is not text".to_owned()))?;
+        let state = record.value.map(|value| S::decode(value, codec)).transpose();
+        states.restore(key, state.map_err(|e| unreadable(format!("the state under `{key}`: {e}")))?);
+    }
+    Ok(())
+}
+
+#[derive(Deserialize)]
+struct Occurrence {
+    occurred_at: Timestamp,
+    #[serde(default)]
+    clock_offset: Option<i64>,
+}
+
+/// Returns the age of the first record of a batch by the device's corrected clock. One sample a batch:
+/// reading the envelope of every record a second time would cost as much as the stage.
+pub(crate) fn message_age(batch: &Batch, codec: &Codec, now: Timestamp) -> Option<f64> {
+    let first = (!batch.is_empty()).then(|| batch.get(0))?;
+    let occurrence: Occurrence = codec.decode(first.value).ok()?;
+    let occurred = Timestamp(occurrence.occurred_at.0.saturating_add(occurrence.clock_offset.unwrap_or(0)));
+    Some(seconds_between(occurred, now))
+}

@@ -1,0 +1,720 @@
+//! The loop of load stages: Kafka to a store. The store's transaction writes the rows and moves the offsets
+//! by compare-and-swap; Kafka's committed offset is only a mirror for lag tools.
+//!
+//! Rows of several partitions are gathered for one write. When the store refuses the data, the records of
+//! that write are halved until the one that is at fault is alone; it is dead-lettered and the rest is
+//! written.
+
+use crate::clock::{Backoff, Clock, elapsed, seconds_between};
+use crate::codes;
+use crate::config::{LoopConfig, Shutdown, Stopped};
+use crate::dead_letter::Fault;
+use crate::decide::message_age;
+use crate::lane::{BatchTiming, Lane, wait_seconds};
+use crate::ports::{Advance, Failure, Outlet, PipelineEvent, SchemaSource, Source, Store};
+use crate::schemas::Schemas;
+use crate::signals::{Notes, Signals};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use throughline_model::codec::Codec;
+use throughline_model::outcome::{Outcome, Settled};
+use throughline_model::record::{Batch, Outbox, Record, TopicPartition};
+use throughline_model::rows::Rows;
+use throughline_model::stage::{Input, Load, StageSpec};
+use throughline_model::time::Timestamp;
+use throughline_telemetry::RoleHealth;
+
+/// How long a revocation or the drain may go on searching a refused record before it is left to the next
+/// owner. Well below the 45 s that Kafka's default session lasts.
+const FINISH_BUDGET: Duration = Duration::from_secs(5);
+
+/// What a load stage runs on.
+pub struct LoadPorts<S, W, O, Q> {
+    /// The group's member; subscribed to the inputs and their replay topics.
+    pub source: S,
+    /// Where the rows and the positions are.
+    pub store: W,
+    /// Writes dead letters and mirrors positions.
+    pub outlet: O,
+    /// Resolves schema ids.
+    pub schemas: Q,
+    /// The schemas known so far.
+    pub codec: Arc<Codec>,
+    /// The platform's time.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// Runs a load stage until `shutdown`, then writes what is gathered and gives the partitions back. Blocks;
+/// needs a thread of its own.
+///
+/// # Errors
+/// [`Stopped`] when a person must act.
+pub fn run_load<L, S, W, O, Q>(
+    stage: L,
+    ports: LoadPorts<S, W, O, Q>,
+    config: LoopConfig,
+    shutdown: &Shutdown,
+    health: RoleHealth,
+) -> Result<(), Stopped>
+where
+    L: Load,
+    S: Source,
+    W: Store,
+    O: Outlet,
+    Q: SchemaSource,
+{
+    let mut load = LoadLoop::new(stage, ports, config, health);
+    while !shutdown.is_requested() {
+        load.turn()?;
+    }
+    load.drain()
+}
+
+/// What was read and is not written yet, in order of arrival, hence in order within each partition.
+enum Piece {
+    Batch(Batch),
+    Overtaken { partition: TopicPartition, from: i64, to: i64 },
+}
+
+impl Piece {
+    fn len(&self) -> usize {
+        match self {
+            Self::Batch(batch) => batch.len(),
+            Self::Overtaken { .. } => 1,
+        }
+    }
+}
+
+/// Items `[from, to)` of what is gathered, still to be written.
+struct Part {
+    from: usize,
+    to: usize,
+    refusal: Option<Refusal>,
+}
+
+/// Why the store refused the single record of a part.
+struct Refusal {
+    settled: Settled,
+    letter_sent: bool,
+}
+
+/// What the loop does with what it gathered.
+enum Writing {
+    /// It gathers more until a write is due.
+    Gathering,
+    /// The whole write waits for its next attempt.
+    Retrying,
+    /// The store refused the data: parts of it are written in order, the next one last.
+    Searching(Vec<Part>),
+}
+
+/// A load stage at work. [`run_load`] turns it; a test may turn it step by step.
+pub struct LoadLoop<L, S, W, O, Q> {
+    stage: L,
+    spec: StageSpec,
+    config: LoopConfig,
+    commit_interval: Duration,
+    source: S,
+    store: W,
+    outlet: O,
+    schemas: Schemas<Q>,
+    clock: Arc<dyn Clock>,
+    signals: Signals,
+    lanes: BTreeMap<TopicPartition, Lane>,
+    pieces: Vec<Piece>,
+    bytes: usize,
+    rows: Rows,
+    letters: Outbox,
+    pending_since: Option<Timestamp>,
+    writing: Writing,
+    retry: Backoff,
+    setup: Backoff,
+}
+
+impl<L, S, W, O, Q> LoadLoop<L, S, W, O, Q>
+where
+    L: Load,
+    S: Source,
+    W: Store,
+    O: Outlet,
+    Q: SchemaSource,
+{
+    /// Makes a loop that has not touched any port yet.
+    pub fn new(stage: L, ports: LoadPorts<S, W, O, Q>, config: LoopConfig, health: RoleHealth) -> Self {
+        let spec = stage.spec().clone();
+        let backoff = || Backoff::new(config.retry_least, config.retry_most);
+        Self {
+            commit_interval: config.commit_interval.unwrap_or(spec.commit_interval),
+            source: ports.source,
+            store: ports.store,
+            outlet: ports.outlet,
+            schemas: Schemas::new(ports.schemas, ports.codec, &config),
+            clock: ports.clock,
+            signals: Signals::new(spec.group, health),
+            lanes: BTreeMap::new(),
+            pieces: Vec::new(),
+            bytes: 0,
+            rows: Rows::default(),
+            letters: Outbox::default(),
+            pending_since: None,
+            writing: Writing::Gathering,
+            retry: backoff(),
+            setup: backoff(),
+            stage,
+            spec,
+            config,
+        }
+    }
+
+    /// Takes one event and does what is due after it.
+    ///
+    /// # Errors
+    /// [`Stopped`] when a person must act; the loop must then be dropped.
+    pub fn turn(&mut self) -> Result<(), Stopped> {
+        let event = self.source.poll(self.wait());
+        self.signals.turned();
+        self.take(event)?;
+        self.set_up()?;
+        self.write_if_due()?;
+        self.take_held()?;
+        self.note();
+        Ok(())
+    }
+
+    /// Writes what is gathered, within a budget, and gives the partitions back. What does not get written
+    /// is left to the next owner, which begins at the store's positions.
+    ///
+    /// # Errors
+    /// [`Stopped`] when a person must act.
+    pub fn drain(mut self) -> Result<(), Stopped> {
+        let finished = self.finish();
+        let owned: Vec<_> = self.lanes.keys().cloned().collect();
+        self.source.release(&owned);
+        finished
+    }
+
+    fn take(&mut self, event: PipelineEvent) -> Result<(), Stopped> {
+        match event {
+            PipelineEvent::Offered(partitions) => self.offered(partitions)?,
+            PipelineEvent::Revoking(partitions) => {
+                self.finish()?;
+                self.give_up(&partitions);
+            }
+            PipelineEvent::Lost(partitions) => self.give_up(&partitions),
+            PipelineEvent::Records(batch) => {
+                self.signals.works("kafka");
+                self.receive(batch)?;
+            }
+            PipelineEvent::CaughtUp(partition) => {
+                self.signals.works("kafka");
+                if let Some(lane) = self.lanes.get_mut(&partition) {
+                    lane.caught_up = lane.active;
+                }
+            }
+            PipelineEvent::Overtaken { partition, from, to } => self.overtaken(partition, from, to),
+            PipelineEvent::Idle => {}
+            PipelineEvent::Unavailable(message) => {
+                self.signals.failed(&Failure::Dependency { dependency: "kafka", message });
+            }
+        }
+        Ok(())
+    }
+
+    // ---- partitions ------------------------------------------------------------------------------------
+
+    fn offered(&mut self, partitions: Vec<TopicPartition>) -> Result<(), Stopped> {
+        for partition in partitions {
+            let Some(lane) = Lane::of(&self.spec, &self.config, partition.clone()) else {
+                let message = format!("{partition} was offered to group `{}`", self.spec.group);
+                return Err(Stopped { stage: self.spec.group, code: codes::TOPIC_UNEXPECTED, message });
+            };
+            self.lanes.insert(partition, lane);
+        }
+        Ok(())
+    }
+
+    /// Forgets partitions. What is gathered of them cannot be taken out of the rows, so everything gathered
+    /// is dropped and the other partitions begin again at their positions in the store.
+    fn give_up(&mut self, partitions: &[TopicPartition]) {
+        if self.pending_since.is_some() {
+            self.begin_again();
+        }
+        for partition in partitions {
+            self.lanes.remove(partition);
+        }
+        self.source.release(partitions);
+    }
+
+    /// Drops everything that is not written; every partition begins again at its position in the store.
+    fn begin_again(&mut self) {
+        self.forget_gathered();
+        self.writing = Writing::Gathering;
+        self.pause_all();
+        for lane in self.lanes.values_mut() {
+            lane.deactivate();
+        }
+    }
+
+    fn set_up(&mut self) -> Result<(), Stopped> {
+        if !self.setup.is_due(self.clock.now()) {
+            return Ok(());
+        }
+        match self.activate() {
+            Ok(()) => {
+                if self.setup.has_failed() {
+                    self.signals.work_again();
+                    self.setup.succeeded();
+                }
+                self.signals.ready();
+                Ok(())
+            }
+            Err(failure) => {
+                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                self.signals.failed(&failure);
+                self.setup.failed(self.clock.now());
+                Ok(())
+            }
+        }
+    }
+
+    fn activate(&mut self) -> Result<(), Failure> {
+        let waiting: Vec<_> = self.lanes.values().filter(|l| !l.active).map(|l| l.source.clone()).collect();
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let positions = self.store.positions(self.spec.group, &waiting)?;
+        for (partition, found) in waiting.iter().zip(positions) {
+            let lane = self.lanes.get_mut(partition).expect("it was just listed");
+            lane.position(self.spec.group, found)?;
+        }
+        let starts: Vec<_> = waiting.iter().map(|p| (p.clone(), self.lanes[p].next)).collect();
+        self.source.start(&starts)?;
+        tracing::info!(
+            stage = self.spec.group,
+            positions = %starts.iter().map(|(p, next)| format!("{p}@{next}")).collect::<Vec<_>>().join(" "),
+            "partitions begin"
+        );
+        for partition in waiting {
+            self.lanes.get_mut(&partition).expect("it was just listed").active = true;
+        }
+        self.resume_free();
+        Ok(())
+    }
+
+    /// Stops the delivery of every partition.
+    fn pause_all(&mut self) {
+        let running = self.lanes.values_mut().filter(|lane| lane.active && !lane.paused);
+        let paused: Vec<_> = running
+            .map(|lane| {
+                lane.paused = true;
+                lane.source.clone()
+            })
+            .collect();
+        if !paused.is_empty() {
+            self.source.pause(&paused, true);
+        }
+    }
+
+    /// Resumes partitions that wait for nothing.
+    fn resume_free(&mut self) {
+        if !matches!(self.writing, Writing::Gathering) {
+            return;
+        }
+        let free = self.lanes.values_mut().filter(|l| l.active && l.paused && l.held.is_empty());
+        let resumed: Vec<_> = free
+            .map(|lane| {
+                lane.paused = false;
+                lane.source.clone()
+            })
+            .collect();
+        if !resumed.is_empty() {
+            self.source.pause(&resumed, false);
+        }
+    }
+
+    // ---- records ---------------------------------------------------------------------------------------
+
+    fn receive(&mut self, batch: Batch) -> Result<(), Stopped> {
+        let Some(lane) = self.lanes.get_mut(&batch.source).filter(|lane| lane.active) else {
+            return Ok(()); // Fetched before the partition was given up or began again.
+        };
+        lane.caught_up = false;
+        if !lane.held.is_empty() || !matches!(self.writing, Writing::Gathering) {
+            lane.held.push_back(batch);
+            return Ok(());
+        }
+        match self.schemas.resolve(&batch, self.clock.now()) {
+            Ok(()) => {
+                self.gather(batch);
+                Ok(())
+            }
+            Err(failure) => self.hold(batch, failure),
+        }
+    }
+
+    /// Keeps a batch whose schema cannot be asked for now, and everything behind it.
+    fn hold(&mut self, batch: Batch, failure: Failure) -> Result<(), Stopped> {
+        let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+        self.signals.failed(&failure);
+        let source = batch.source.clone();
+        let lane = self.lanes.get_mut(&source).expect("the batch was received by its lane");
+        lane.held.push_back(batch);
+        if !std::mem::replace(&mut lane.paused, true) {
+            self.source.pause(&[source], true);
+        }
+        Ok(())
+    }
+
+    /// Takes batches that waited for a schema or for the store.
+    fn take_held(&mut self) -> Result<(), Stopped> {
+        while matches!(self.writing, Writing::Gathering) && !self.is_full() {
+            let Some(lane) = self.lanes.values_mut().find(|lane| !lane.held.is_empty()) else { break };
+            let batch = lane.held.front().expect("it is not empty");
+            if !self.schemas.are_known(batch) {
+                if !self.schemas.backoff.is_due(self.clock.now()) {
+                    break;
+                }
+                if let Err(failure) = self.schemas.resolve(batch, self.clock.now()) {
+                    let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                    self.signals.failed(&failure);
+                    break;
+                }
+                self.signals.works("registry");
+            }
+            let batch = lane.held.pop_front().expect("it is not empty");
+            self.gather(batch);
+        }
+        self.resume_free();
+        Ok(())
+    }
+
+    /// Makes the rows of a batch and keeps the batch until they are written.
+    fn gather(&mut self, batch: Batch) {
+        let began = self.clock.now();
+        let lane = self.lanes.get_mut(&batch.source).expect("only active lanes gather");
+        let before = lane.tally.counts();
+        // After a seek a batch may begin with records that were processed already.
+        let unread = lane.next;
+        for record in batch.iter().filter(|record| record.offset >= unread) {
+            let settled = rows_of(&mut self.stage, &mut self.rows, lane, record, self.schemas.codec());
+            if settled.outcome == Outcome::DeadLettered {
+                push_letter(&mut self.letters, lane, &record, &settled, self.spec.group);
+            }
+            lane.pass(record.offset, &settled);
+        }
+        let done = self.clock.now();
+        let after = lane.tally.counts();
+        lane.time_batch(BatchTiming {
+            wait_s: wait_seconds(&batch, began),
+            age_s: message_age(&batch, self.schemas.codec(), began),
+            work_s: seconds_between(began, done),
+            done_at: done,
+            counts: std::array::from_fn(|i| after[i] - before[i]),
+        });
+        self.pending_since.get_or_insert(began);
+        self.bytes += batch.bytes_held();
+        self.pieces.push(Piece::Batch(batch));
+    }
+
+    fn overtaken(&mut self, partition: TopicPartition, from: i64, to: i64) {
+        let Some(lane) = self.lanes.get_mut(&partition).filter(|lane| lane.active) else { return };
+        if !matches!(self.writing, Writing::Gathering) || !lane.held.is_empty() {
+            // What is read but not gathered comes first; the positions in the store tell again what is
+            // missing once the partition begins again.
+            self.begin_again();
+            return;
+        }
+        let lost = lane.overtake(from, to);
+        self.signals.overtaken(&partition, from, to, lost);
+        self.pending_since.get_or_insert(self.clock.now());
+        self.pieces.push(Piece::Overtaken { partition, from, to });
+    }
+
+    // ---- writing ---------------------------------------------------------------------------------------
+
+    fn is_full(&self) -> bool {
+        self.rows.len() >= self.config.records_max || self.bytes >= self.config.bytes_max
+    }
+
+    fn write_if_due(&mut self) -> Result<(), Stopped> {
+        let now = self.clock.now();
+        let due = match self.writing {
+            Writing::Gathering => self
+                .pending_since
+                .is_some_and(|since| self.is_full() || elapsed(since, now) >= self.commit_interval),
+            Writing::Retrying | Writing::Searching(_) => self.retry.is_due(now),
+        };
+        if due { self.write() } else { Ok(()) }
+    }
+
+    /// Writes what can be written before partitions are given back. What the store cannot take now is
+    /// dropped: the next owner reads it again.
+    fn finish(&mut self) -> Result<(), Stopped> {
+        let began = self.clock.now();
+        while self.pending_since.is_some()
+            && !self.retry.has_failed()
+            && elapsed(began, self.clock.now()) < FINISH_BUDGET
+        {
+            self.write()?;
+        }
+        Ok(())
+    }
+
+    /// Attempts the write, or the next part of it.
+    fn write(&mut self) -> Result<(), Stopped> {
+        let attempted = match &mut self.writing {
+            Writing::Gathering | Writing::Retrying => self.write_all(),
+            Writing::Searching(_) => self.write_part(),
+        };
+        let Err(failure) = attempted else {
+            self.retry.succeeded();
+            return Ok(());
+        };
+        match Stopped::unless_recoverable(self.spec.group, failure)? {
+            Failure::Data { code, message } => self.search(&code, &message),
+            failure @ Failure::Fenced(_) => {
+                self.signals.recovers(&failure);
+                self.setup.failed(self.clock.now());
+                self.begin_again();
+                Ok(())
+            }
+            failure => {
+                self.signals.failed(&failure);
+                self.retry.failed(self.clock.now());
+                if matches!(self.writing, Writing::Gathering) {
+                    self.writing = Writing::Retrying;
+                }
+                self.pause_all();
+                Ok(())
+            }
+        }
+    }
+
+    fn write_all(&mut self) -> Result<(), Failure> {
+        if !self.letters.is_empty() {
+            self.outlet.send_all(&self.letters)?;
+            self.letters.clear();
+        }
+        self.write_rows()?;
+        self.forget_gathered();
+        self.writing = Writing::Gathering;
+        self.resume_free();
+        Ok(())
+    }
+
+    /// Writes the rows at hand with the step of every lane that moved.
+    fn write_rows(&mut self) -> Result<(), Failure> {
+        let moved = self.lanes.values().filter(|lane| lane.has_moved());
+        let advances: Vec<Advance> = moved.map(Lane::advance).collect();
+        self.store.write(self.spec.group, &self.rows, &advances)?;
+        let now = self.clock.now();
+        for advance in &advances {
+            let lane = self.lanes.get_mut(&advance.partition).expect("its advance was just made");
+            self.signals.lane_committed(lane, now);
+            lane.committed(advance);
+        }
+        self.signals.committed();
+        self.signals.works("database");
+        self.outlet.mirror(self.spec.group, &advances);
+        Ok(())
+    }
+
+    fn forget_gathered(&mut self) {
+        self.pieces.clear();
+        self.bytes = 0;
+        self.rows.clear();
+        self.letters.clear();
+        self.pending_since = None;
+    }
+
+    /// Begins or goes on to search the record that the store refuses.
+    fn search(&mut self, code: &str, message: &str) -> Result<(), Stopped> {
+        if self.rows.is_empty() {
+            let message = format!("a write without rows was refused ({code}): {message}");
+            return Err(Stopped { stage: self.spec.group, code: codes::STORE_REFUSES_NOTHING, message });
+        }
+        let refused = match &mut self.writing {
+            Writing::Searching(parts) => parts.pop(),
+            Writing::Gathering | Writing::Retrying => {
+                tracing::warn!(stage = self.spec.group, code, "the store refused data: {message}");
+                self.pause_all();
+                for lane in self.lanes.values_mut() {
+                    lane.rewind();
+                    lane.timings.clear();
+                }
+                self.writing = Writing::Searching(Vec::new());
+                Some(Part { from: 0, to: self.pieces.iter().map(Piece::len).sum(), refusal: None })
+            }
+        };
+        let Part { from, to, .. } = refused.expect("the part that was refused is still the next one");
+        let Writing::Searching(parts) = &mut self.writing else { return Ok(()) };
+        if to - from > 1 {
+            let middle = from + (to - from) / 2;
+            parts.push(Part { from: middle, to, refusal: None });
+            parts.push(Part { from, to: middle, refusal: None });
+        } else {
+            let settled = Settled {
+                outcome: Outcome::DeadLettered,
+                reason: Cow::Owned(code.to_owned()),
+                message: Some(message.to_owned()),
+            };
+            parts.push(Part { from, to, refusal: Some(Refusal { settled, letter_sent: false }) });
+        }
+        Ok(())
+    }
+
+    /// Writes the next part of a write that was refused.
+    fn write_part(&mut self) -> Result<(), Failure> {
+        let Writing::Searching(parts) = &mut self.writing else { return Ok(()) };
+        self.rows.clear();
+        self.lanes.values_mut().for_each(Lane::rewind);
+        if let Some(part) = parts.last_mut() {
+            let codec = self.schemas.codec();
+            let range = part.from..part.to;
+            match &mut part.refusal {
+                None => apply(&mut self.stage, &self.pieces, range, &mut self.lanes, &mut self.rows, codec),
+                Some(refusal) => {
+                    let (lane, record) = single(&self.pieces, part.from, &mut self.lanes);
+                    if !refusal.letter_sent {
+                        let mut letter = Outbox::default();
+                        push_letter(&mut letter, lane, &record, &refusal.settled, self.spec.group);
+                        self.outlet.send_all(&letter)?;
+                        refusal.letter_sent = true;
+                    }
+                    lane.pass(record.offset, &refusal.settled);
+                }
+            }
+            self.write_rows()?;
+        }
+        let Writing::Searching(parts) = &mut self.writing else { return Ok(()) };
+        parts.pop();
+        if parts.is_empty() {
+            self.forget_gathered();
+            self.writing = Writing::Gathering;
+            self.resume_free();
+        }
+        Ok(())
+    }
+
+    // ---- small things ----------------------------------------------------------------------------------
+
+    /// Returns how long the next poll may wait: not beyond the next thing that is due.
+    fn wait(&self) -> Duration {
+        let now = self.clock.now();
+        let mut wait = self.config.poll_wait;
+        if self.lanes.values().any(|lane| !lane.active) {
+            wait = wait.min(self.setup.remaining(now));
+        }
+        match (&self.writing, self.pending_since) {
+            (Writing::Gathering, Some(since)) => {
+                wait = wait.min(self.commit_interval.saturating_sub(elapsed(since, now)));
+            }
+            (Writing::Gathering, None) => {}
+            (Writing::Retrying | Writing::Searching(_), _) => wait = wait.min(self.retry.remaining(now)),
+        }
+        let holds = self.lanes.values().any(|lane| !lane.held.is_empty());
+        if holds && matches!(self.writing, Writing::Gathering) {
+            wait = wait.min(self.schemas.backoff.remaining(now));
+        }
+        wait
+    }
+
+    fn note(&mut self) {
+        let (lanes, pending_since) = (&self.lanes, self.pending_since);
+        let in_flight = || self.pieces.iter().map(Piece::len).sum::<usize>() as u64;
+        self.signals.note(self.clock.now(), lanes.values(), || Notes {
+            in_flight: in_flight(),
+            pending_since,
+            state_keys: 0,
+        });
+    }
+}
+
+fn rows_of<L: Load>(
+    stage: &mut L,
+    rows: &mut Rows,
+    lane: &Lane,
+    record: Record<'_>,
+    codec: &Codec,
+) -> Settled {
+    let partition = lane.source.partition;
+    let input = Input { topic: &lane.topic, replayed: lane.replayed, partition, record, codec };
+    stage.rows(&input, rows)
+}
+
+fn push_letter(
+    outbox: &mut Outbox,
+    lane: &Lane,
+    record: &Record<'_>,
+    settled: &Settled,
+    group: &'static str,
+) {
+    let refused_by_store = matches!(settled.reason, Cow::Owned(_));
+    let fault = Fault {
+        stage: group,
+        topic: &lane.source.topic,
+        partition: lane.source.partition,
+        replayed: lane.replayed,
+        step: if refused_by_store { "TASK_PUT" } else { Fault::step_of(&settled.reason) },
+        code: &settled.reason,
+        message: settled.message.as_deref().unwrap_or_default(),
+    };
+    lane.destination.push(outbox, record, &fault);
+}
+
+/// Makes the rows of items `range` again and moves the lanes past them.
+fn apply<L: Load>(
+    stage: &mut L,
+    pieces: &[Piece],
+    range: std::ops::Range<usize>,
+    lanes: &mut BTreeMap<TopicPartition, Lane>,
+    rows: &mut Rows,
+    codec: &Codec,
+) {
+    let mut start = 0;
+    for piece in pieces {
+        let here = start..start + piece.len();
+        start = here.end;
+        let (from, to) = (range.start.max(here.start), range.end.min(here.end));
+        if from >= to {
+            continue;
+        }
+        match piece {
+            Piece::Overtaken { partition, from, to } => {
+                let lane = lanes.get_mut(partition).expect("partitions given up begin again without pieces");
+                lane.overtake(*from, *to);
+            }
+            Piece::Batch(batch) => {
+                let lane =
+                    lanes.get_mut(&batch.source).expect("partitions given up begin again without pieces");
+                for record in (from - here.start..to - here.start).map(|index| batch.get(index)) {
+                    if record.offset >= lane.next {
+                        let settled = rows_of(stage, rows, lane, record, codec);
+                        lane.pass(record.offset, &settled);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Returns the record at item `at`, which the store refused, with its lane.
+fn single<'p, 'l>(
+    pieces: &'p [Piece],
+    at: usize,
+    lanes: &'l mut BTreeMap<TopicPartition, Lane>,
+) -> (&'l mut Lane, Record<'p>) {
+    let mut start = 0;
+    for piece in pieces {
+        if let (Piece::Batch(batch), Some(index)) = (piece, at.checked_sub(start))
+            && index < batch.len()
+        {
+            let lane = lanes.get_mut(&batch.source).expect("partitions given up begin again without pieces");
+            return (lane, batch.get(index));
+        }
+        start += piece.len();
+    }
+    unreachable!("only a part with rows is refused, and rows come from a record")
+}

@@ -1,0 +1,436 @@
+//! What the loop of decide stages does, one behaviour a test, in virtual time.
+
+use crate::common::{CHANGELOG, DLT, GROUP, INPUT, Loop, REPLAY, SECOND, TABLE, World};
+use std::time::Duration;
+use throughline_model::books::Books;
+use throughline_model::outcome::Outcome;
+use throughline_model::record::TopicPartition;
+use throughline_model::topics::DEVICE_TELEMETRY_V1;
+use throughline_runtime::{Clock, codes};
+use throughline_testkit::{Fault, Point, device_message, measurement, schema_of};
+
+fn first() -> TopicPartition {
+    TopicPartition::new(INPUT, 0)
+}
+
+fn books(world: &World) -> Books {
+    Books::from_metadata(&world.cluster.committed(GROUP, &first()).unwrap().1).unwrap()
+}
+
+fn turns(running: &mut Loop, count: usize) {
+    for _ in 0..count {
+        running.turn().unwrap();
+    }
+}
+
+#[test]
+fn timers_fire_in_order_of_due_time_and_key_before_the_first_later_record() {
+    let world = World::new(&[INPUT], 1);
+    let began = world.clock.now();
+    for (key, value) in [("b", "arm:5"), ("a", "arm:5"), ("c", "arm:2")] {
+        world.cluster.append_keyed(INPUT, key, value.as_bytes());
+    }
+    // Due at the same instant as the record: the record comes first.
+    world.clock.set(began.plus(Duration::from_secs(5)));
+    world.cluster.append_keyed(INPUT, "x", b"add:1");
+    world.clock.set(began.plus(Duration::from_secs(5)).plus(Duration::from_micros(1)));
+    world.cluster.append_keyed(INPUT, "x", b"add:2");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    let at = |s| began.plus(Duration::from_secs(s)).0;
+    let expected = [
+        format!("c fired 0 at {}", at(2)),
+        "x 1 1 @3".to_owned(),
+        format!("a fired 0 at {}", at(5)),
+        format!("b fired 0 at {}", at(5)),
+        "x 2 3 @4".to_owned(),
+    ];
+    assert_eq!(world.output(), expected);
+}
+
+#[test]
+fn timers_of_idle_partitions_fire_by_the_clock() {
+    let world = World::new(&[INPUT], 1);
+    world.say("a", "arm:10");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    world.pass(&mut running, Duration::from_secs(9));
+    assert!(world.output().is_empty());
+    world.pass(&mut running, Duration::from_secs(2));
+    assert_eq!(world.output().len(), 1);
+    // The firing is in the changelog: a successor does not fire again.
+    drop(running);
+    let (mut successor, _) = world.start("i");
+    world.pass(&mut successor, Duration::from_secs(30));
+    assert_eq!(world.output().len(), 1);
+}
+
+#[test]
+fn no_timer_fires_by_the_clock_while_kafka_is_away() {
+    let world = World::new(&[INPUT], 1);
+    world.say("a", "arm:10");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    world.pass(&mut running, Duration::from_secs(1));
+    world.cluster.set_away(true);
+    world.pass(&mut running, Duration::from_secs(60));
+    assert_eq!(world.output(), Vec::<String>::new());
+    // What arrived meanwhile comes before the timers that are later than it.
+    world.cluster.set_away(false);
+    world.pass(&mut running, Duration::from_secs(30));
+    assert_eq!(world.output().len(), 1, "it fires once Kafka is back, without a record");
+}
+
+#[test]
+fn no_timer_fires_by_the_clock_before_every_partition_of_the_task_is_read_to_its_end() {
+    let world = World::new(&[INPUT, SECOND], 1);
+    world.say("a", "arm:1");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    // The registry is away: a batch of the second input is held back, so it is not read to its end.
+    world.cluster.faults().set_up(Point::Schema, false);
+    world.cluster.append(SECOND, 0, Some(b"a"), Some(&[0, 0, 0, 9, 9, 1]), []);
+    turns(&mut running, 3);
+    world.pass(&mut running, Duration::from_secs(20));
+    assert!(world.output().is_empty());
+    world.cluster.faults().set_up(Point::Schema, true);
+    world.pass(&mut running, Duration::from_secs(20));
+    assert_eq!(world.output().len(), 1);
+}
+
+#[test]
+fn state_is_restored_before_any_input() {
+    let world = World::new(&[INPUT], 1);
+    world.say("a", "add:1");
+    world.say("a", "add:2");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    drop(running);
+    world.say("a", "add:3");
+    // Kafka does not let the changelog be read at first.
+    world.cluster.faults().script(Point::Restore, 0, Fault::Dependency);
+    world.cluster.faults().script(Point::Restore, 1, Fault::Dependency);
+    let (mut successor, _) = world.start("i");
+    world.settle(&mut successor);
+    assert_eq!(world.output(), ["a 1 1 @0", "a 2 3 @1", "a 3 6 @2"]);
+    assert_eq!(world.cluster.faults().passed(Point::Restore), 4);
+}
+
+#[test]
+fn a_task_begins_when_its_partition_of_every_input_is_owned() {
+    let world = World::new(&[INPUT, SECOND], 1);
+    world.say("a", "add:1");
+    let (mut partial, _) = world.start_with("i", &[INPUT, REPLAY], []);
+    turns(&mut partial, 50);
+    assert_eq!((world.cluster.faults().passed(Point::Start), world.output().len()), (0, 0));
+    drop(partial);
+    let (mut complete, _) = world.start("i");
+    world.settle(&mut complete);
+    assert_eq!(world.output(), ["a 1 1 @0"]);
+}
+
+#[test]
+fn a_revocation_commits_what_is_in_flight() {
+    let mut world = World::new(&[INPUT], 2);
+    world.config.commit_interval = Some(Duration::from_secs(3_600));
+    for number in 0..20 {
+        world.say(&format!("k{number}"), "add:1");
+    }
+    let (mut first_member, _) = world.start("i-0");
+    turns(&mut first_member, 10);
+    assert_eq!(world.output().len(), 0, "nothing is committed yet");
+    let (mut second_member, _) = world.start("i-1");
+    turns(&mut first_member, 1);
+    assert_eq!(world.output().len(), 20, "giving partitions back commits");
+    turns(&mut second_member, 5);
+    world.say("k1", "add:1");
+    world.say("k2", "add:1");
+    world.say("k3", "add:1");
+    turns(&mut first_member, 5);
+    turns(&mut second_member, 5);
+    first_member.drain().unwrap();
+    second_member.drain().unwrap();
+    assert!(world.is_done());
+    let again = world.output().iter().filter(|o| o.contains(" 2 2 ")).count();
+    assert_eq!((world.output().len(), again), (23, 3), "the new owner has the state");
+}
+
+#[test]
+fn what_is_in_flight_when_partitions_are_lost_is_discarded() {
+    let mut world = World::new(&[INPUT], 1);
+    world.config.commit_interval = Some(Duration::from_secs(3_600));
+    world.say("a", "add:1");
+    let (mut zombie, member) = world.start("i-0");
+    turns(&mut zombie, 10);
+    world.cluster.expel(GROUP, member);
+    turns(&mut zombie, 1);
+    assert_eq!(zombie.drain(), Ok(()));
+    assert_eq!((world.output().len(), world.cluster.committed(GROUP, &first())), (0, None));
+    let (mut successor, _) = world.start("i-1");
+    turns(&mut successor, 10);
+    successor.drain().unwrap();
+    assert_eq!(world.output(), ["a 1 1 @0"]);
+}
+
+#[test]
+fn a_member_that_does_not_know_of_its_loss_is_fenced_at_its_commit() {
+    let mut world = World::new(&[INPUT], 1);
+    world.config.commit_interval = Some(Duration::from_secs(3_600));
+    world.say("a", "add:1");
+    let (mut zombie, member) = world.start("i-0");
+    turns(&mut zombie, 10);
+    world.cluster.expel(GROUP, member);
+    assert_eq!(zombie.drain(), Ok(()), "a fenced commit is left to the next owner");
+    let (mut successor, _) = world.start("i-1");
+    // The zombie's open transaction holds the changelog until the broker ends it.
+    world.pass(&mut successor, Duration::from_secs(20));
+    successor.drain().unwrap();
+    assert_eq!((world.output(), world.counts()[0]), (vec!["a 1 1 @0".to_owned()], 1));
+}
+
+#[test]
+fn an_offset_that_a_foreign_tool_moved_stops_the_stage() {
+    for metadata in ["", "moved by hand"] {
+        let world = World::new(&[INPUT], 1);
+        world.say("a", "add:1");
+        world.cluster.commit_foreign(GROUP, &first(), 0, metadata);
+        let (mut running, _) = world.start("i");
+        let stopped = (0..20).find_map(|_| running.turn().err()).expect("it stops");
+        assert_eq!(stopped.code, codes::FOREIGN_OFFSET);
+        assert!(stopped.message.contains("throughline groups adopt count_things"), "{stopped}");
+        assert!(stopped.message.contains("device.thing.v1/0"), "{stopped}");
+        assert!(codes::explain(stopped.code).is_some());
+        assert!(world.output().is_empty());
+    }
+}
+
+#[test]
+fn a_dead_letter_keeps_every_byte_and_carries_the_headers_of_connect_and_spring() {
+    let world = World::new(&[INPUT], 1);
+    world.say("a", "skip");
+    let own: [(&str, &[u8]); 3] = [("traceparent", b"00-ab"), ("x", &[0, 255]), ("x", b"")];
+    let value: &[u8] = &[7, 0, 159, 146, 150];
+    world.cluster.append(INPUT, 0, Some(&[255, 0]), Some(value), own);
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    let letters = world.cluster.records(DLT);
+    let [letter] = &letters[..] else { panic!("{letters:?}") };
+    assert_eq!((letter.key.as_deref(), letter.value.as_deref()), (Some([255, 0].as_slice()), Some(value)));
+    for (kept, own) in letter.headers.iter().zip(own) {
+        assert_eq!((kept.0.as_str(), kept.1.as_slice()), own);
+    }
+    let time_ms = world.cluster.records(INPUT)[1].time.as_millis();
+    let expected: [(&str, &[u8]); 14] = [
+        ("__connect.errors.topic", INPUT.as_bytes()),
+        ("__connect.errors.partition", b"0"),
+        ("__connect.errors.offset", b"1"),
+        ("__connect.errors.connector.name", GROUP.as_bytes()),
+        ("__connect.errors.task.id", b"0"),
+        ("__connect.errors.stage", b"TRANSFORMATION"),
+        ("__connect.errors.class.name", b"throughline.stages.count_things"),
+        ("__connect.errors.exception.class.name", b"garbage"),
+        ("__connect.errors.exception.message", "`none` says something unknown".as_bytes()),
+        ("kafka_dlt-original-topic", INPUT.as_bytes()),
+        ("kafka_dlt-original-consumer-group", GROUP.as_bytes()),
+        ("kafka_dlt-original-partition", &[0, 0, 0, 0]),
+        ("kafka_dlt-original-offset", &[0, 0, 0, 0, 0, 0, 0, 1]),
+        ("kafka_dlt-original-timestamp", &time_ms.to_be_bytes()),
+    ];
+    for (name, value) in expected {
+        assert_eq!(letter.header(name), Some(value), "{name}");
+    }
+    assert_eq!(letter.headers.len(), own.len() + expected.len(), "and no others");
+    assert_eq!(books(&world).of(Outcome::DeadLettered), 1);
+}
+
+#[test]
+fn a_replay_that_fails_again_keeps_its_first_origin_and_is_parked_in_the_end() {
+    let world = World::new(&[INPUT], 1);
+    world.say("a", "bad");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    let first_letter = world.cluster.records(DLT).remove(0);
+    let replay = |count: &str| {
+        let mut headers = first_letter.headers.clone();
+        headers.push(("tl-replay-id".to_owned(), b"r-1".to_vec()));
+        headers.push(("tl-replay-count".to_owned(), count.as_bytes().to_vec()));
+        world.clock.advance(Duration::from_secs(60));
+        let headers = headers.iter().map(|(n, v)| (n.as_str(), v.as_slice()));
+        world.cluster.append(REPLAY, 0, first_letter.key.as_deref(), Some(b"bad"), headers);
+    };
+    replay("3");
+    world.settle(&mut running);
+    let again = world.cluster.records(DLT).remove(1);
+    for name in ["__connect.errors.topic", "__connect.errors.offset", "kafka_dlt-original-timestamp"] {
+        assert_eq!(again.header(name), first_letter.header(name), "{name}");
+        assert_eq!(again.headers.iter().filter(|(n, _)| n == name).count(), 1, "{name} once");
+    }
+    let error = "__connect.errors.exception.class.name";
+    assert_eq!(again.headers.iter().filter(|(n, _)| n == error).count(), 1, "the error is replaced");
+    assert_eq!(again.header("tl-replay-count"), Some(b"3".as_slice()));
+    replay("10");
+    world.settle(&mut running);
+    assert_eq!(world.cluster.records(DLT).len(), 2);
+    assert_eq!(world.cluster.records("device.thing.v1.count_things-parking").len(), 1);
+    // A record that somebody put into the replay topic by hand has no origin yet.
+    world.cluster.append(REPLAY, 0, Some(b"a"), Some(b"bad"), []);
+    world.settle(&mut running);
+    let by_hand = world.cluster.records(DLT).remove(2);
+    assert_eq!(by_hand.header("kafka_dlt-original-topic"), Some(REPLAY.as_bytes()));
+    assert_eq!(by_hand.header("tl-replay-count"), Some(b"1".as_slice()));
+}
+
+fn framed(world: &World, id: u32, seq: i64) -> Vec<u8> {
+    let message = device_message("site", "a", seq, world.clock.now(), vec![measurement("t", 1.0)]);
+    let mut value = Vec::new();
+    world.codec.encode(DEVICE_TELEMETRY_V1, &message, &mut value).unwrap();
+    value[1..5].copy_from_slice(&id.to_be_bytes());
+    value
+}
+
+#[test]
+fn a_registry_that_is_away_holds_back_its_partition_only_and_dead_letters_nothing() {
+    let world = World::new(&[INPUT, SECOND], 1);
+    world.schemas.register(9_001, schema_of(DEVICE_TELEMETRY_V1));
+    world.cluster.faults().set_up(Point::Schema, false);
+    world.cluster.append(INPUT, 0, Some(b"a"), Some(&framed(&world, 9_001, 1)), []);
+    world.cluster.append(INPUT, 0, Some(b"a"), Some(b"add:1"), []);
+    world.cluster.append(SECOND, 0, Some(b"b"), Some(b"add:1"), []);
+    let (mut running, _) = world.start("i");
+    world.pass(&mut running, Duration::from_secs(120));
+    assert_eq!(world.output(), ["b 1 1 @0"], "the other input goes on");
+    assert_eq!(world.cluster.records(DLT).len(), 0);
+    let asked = world.cluster.faults().passed(Point::Schema);
+    assert!((10..40).contains(&asked), "asked {asked} times in two minutes, with back-off");
+    world.cluster.faults().set_up(Point::Schema, true);
+    world.pass(&mut running, Duration::from_secs(12));
+    assert_eq!(world.output(), ["b 1 1 @0", "message 1", "a 1 1 @1"], "in order");
+    world.cluster.append(INPUT, 0, Some(b"a"), Some(b"add:2"), []);
+    world.settle(&mut running);
+    assert_eq!(world.output().len(), 4, "the partition is resumed");
+}
+
+#[test]
+fn a_schema_that_does_not_exist_is_the_datas_fault() {
+    let world = World::new(&[INPUT], 1);
+    world.cluster.append(INPUT, 0, Some(b"a"), Some(&framed(&world, 4_242, 1)), []);
+    world.cluster.append(INPUT, 0, Some(b"a"), Some(&framed(&world, 4_242, 2)), []);
+    world.say("a", "add:1");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    let letters = world.cluster.records(DLT);
+    assert_eq!(letters.len(), 2);
+    let code = letters[0].header("__connect.errors.exception.class.name");
+    assert_eq!(code, Some(b"unknown_schema".as_slice()));
+    assert_eq!(letters[0].header("__connect.errors.stage"), Some(b"VALUE_CONVERTER".as_slice()));
+    assert_eq!(world.cluster.faults().passed(Point::Schema), 1, "asked once");
+}
+
+#[test]
+fn positions_without_a_record_and_overtaken_ones_are_in_the_books() {
+    let world = World::new(&[INPUT], 1);
+    world.say("a", "add:1");
+    world.cluster.append_gap(INPUT, 0, 3);
+    world.say("a", "add:2");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    let counted = books(&world);
+    assert_eq!((counted.records_read(), counted.positions_without_record), (2, 3));
+    drop(running);
+    for _ in 0..4 {
+        world.say("a", "add:3");
+    }
+    world.cluster.delete_before(INPUT, 0, 8);
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    let counted = books(&world);
+    assert_eq!((counted.records_read(), counted.overtaken), (3, 3));
+    let (next, _) = world.cluster.committed(GROUP, &first()).unwrap();
+    let sum = counted.records_read() + counted.positions_without_record + counted.overtaken;
+    assert_eq!(next as u64, sum, "positions advanced = records + positions without one + overtaken");
+}
+
+#[test]
+fn tables_are_read_before_any_input_and_followed() {
+    let mut world = World::new(&[INPUT], 1);
+    world.tables = vec![TABLE];
+    for factor in ["2", "nonsense", "10"] {
+        world.cluster.append_keyed(TABLE, "factor", factor.as_bytes());
+    }
+    world.cluster.faults().script(Point::Follow, 0, Fault::Dependency);
+    world.say("a", "add:1");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    assert_eq!(world.output(), ["a 1 10 @0"]);
+    world.cluster.append_keyed(TABLE, "factor", b"100");
+    world.pass(&mut running, Duration::from_millis(250));
+    world.say("a", "add:1");
+    world.settle(&mut running);
+    assert_eq!(world.output(), ["a 1 10 @0", "a 2 110 @1"]);
+}
+
+#[test]
+fn defects_of_a_stage_stop_it_before_anything_is_committed() {
+    for (value, code) in [("misfit", codes::OUTPUT_INVALID), ("stuck", codes::TIMER_STUCK)] {
+        let world = World::new(&[INPUT], 1);
+        world.say("a", value);
+        world.say("b", "add:1");
+        let (mut running, _) = world.start("i");
+        let stopped = (0..50).find_map(|_| running.turn().err()).expect("it stops");
+        assert_eq!(stopped.code, code);
+        assert_eq!((world.output().len(), world.cluster.committed(GROUP, &first())), (0, None));
+    }
+}
+
+#[test]
+fn a_changelog_that_is_not_ours_stops_the_stage() {
+    let world = World::new(&[INPUT], 1);
+    world.cluster.append(CHANGELOG, 0, Some(b"a"), Some(b"not a state"), []);
+    world.say("a", "add:1");
+    let (mut running, _) = world.start("i");
+    let stopped = (0..50).find_map(|_| running.turn().err()).expect("it stops");
+    assert_eq!(stopped.code, codes::STATE_UNREADABLE);
+    assert!(stopped.message.contains("at offset 0"), "{stopped}");
+}
+
+#[test]
+fn commits_that_keep_failing_are_retried_with_bounded_back_off() {
+    let world = World::new(&[INPUT], 1);
+    world.say("a", "add:1");
+    world.cluster.faults().set_up(Point::CommitBefore, false);
+    let (mut running, _) = world.start("i");
+    world.pass(&mut running, Duration::from_secs(300));
+    let resets = world.cluster.faults().passed(Point::Reset);
+    assert!((25..60).contains(&resets), "{resets} resets in five minutes");
+    world.cluster.faults().set_up(Point::CommitBefore, true);
+    world.pass(&mut running, Duration::from_secs(15));
+    assert_eq!(world.output(), ["a 1 1 @0"]);
+}
+
+#[test]
+fn the_drain_commits_what_is_in_flight() {
+    let mut world = World::new(&[INPUT], 1);
+    world.config.commit_interval = Some(Duration::from_secs(3_600));
+    world.say("a", "add:1");
+    let (mut running, _) = world.start("i");
+    turns(&mut running, 10);
+    running.drain().unwrap();
+    assert_eq!(world.output(), ["a 1 1 @0"]);
+    assert!(world.is_done());
+}
+
+#[test]
+fn large_outputs_go_to_the_open_transaction_before_the_commit() {
+    let mut world = World::new(&[INPUT], 1);
+    world.config.commit_interval = Some(Duration::from_secs(3_600));
+    world.config.bytes_max = 100;
+    world.batch_max = 1_000;
+    for _ in 0..100 {
+        world.say("a", "add:1");
+    }
+    let (mut running, _) = world.start("i");
+    turns(&mut running, 10);
+    assert_eq!(world.output().len(), 100, "the byte bound also brings the commit");
+    assert!(world.cluster.faults().passed(Point::Produce) > 5, "several sends, one commit");
+    assert_eq!(world.cluster.faults().passed(Point::CommitBefore), 1);
+}
