@@ -59,7 +59,7 @@ pub struct SessionRow {
 }
 
 /// A row of `twin`, keyed by site and device: the newest projection wins because the partition's order
-/// does. `document` is the twin as JSON.
+/// does. `document` is the twin as JSON; an empty one removes the row, as a tombstone does ([`TwinRow::removal`]).
 #[derive(Clone, Debug, Default, PartialEq)]
 #[expect(missing_docs, reason = "columns carry the record's names, documented there")]
 pub struct TwinRow {
@@ -72,6 +72,18 @@ pub struct TwinRow {
     pub document: String,
     pub message_id: String,
     pub trace_id: String,
+}
+
+impl TwinRow {
+    /// Makes the row that removes a twin.
+    pub fn removal(site_id: impl Into<String>, device_id: impl Into<String>) -> Self {
+        Self { site_id: site_id.into(), device_id: device_id.into(), ..Self::default() }
+    }
+
+    /// Says whether this row removes the twin. A twin's JSON is never empty.
+    pub fn is_removal(&self) -> bool {
+        self.document.is_empty()
+    }
 }
 
 /// The rows of one write.
