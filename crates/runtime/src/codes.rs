@@ -31,14 +31,58 @@ pub const STORE_REFUSES_NOTHING: &str = "TL-STORE-009";
 /// Every code, in order of its id.
 pub const CODES: &[Code] = &[
     Code {
+        id: "TL-KAFKA-001",
+        title: "the Kafka client refuses its configuration",
+        explanation: "A property of the client is unknown or has a value that it does not take.",
+        remedy: "The message names the property; correct it in the configuration's Kafka section.",
+    },
+    Code {
+        id: "TL-KAFKA-002",
+        title: "the Kafka cluster refuses this client",
+        explanation: "Authentication or authorisation failed, or the cluster is too old for what the stage \
+                      needs. Waiting would not change it.",
+        remedy: "`throughline doctor` tries every right that a role needs and names the one that is missing.",
+    },
+    Code {
+        id: "TL-KAFKA-003",
+        title: "a record is larger than its topic takes",
+        explanation: "An output or a state is beyond `max.message.bytes` of its topic, so its transaction \
+                      can never be committed.",
+        remedy: "Raise `max.message.bytes` of the topic that the message names, or find out why the record \
+                 grew with `throughline tap <topic>`.",
+    },
+    Code {
+        id: "TL-KAFKA-004",
+        title: "Kafka refused an administrative request",
+        explanation: "Creating or changing a topic, or reading about one, was refused for good.",
+        remedy: "The message holds Kafka's reason; `throughline topics plan` shows what was to be done.",
+    },
+    Code {
+        id: "TL-KAFKA-010",
+        title: "a position lies past the end of its partition",
+        explanation: "The topic was made anew under the same name or lost data. Going on from another \
+                      position would skip or repeat records, so nothing is delivered.",
+        remedy: "`throughline groups show <group>` shows the positions. When the topic was made anew on \
+                 purpose, reset the group's offsets with Kafka's own tool and accept them with \
+                 `throughline groups adopt <group>`.",
+    },
+    Code {
         id: FOREIGN_OFFSET,
         title: "a committed offset was moved by a foreign tool",
         explanation: "The offset of a consumer group carries no books of ours, or books of an unknown \
                       version: kafka-consumer-groups, a console or another program moved it. Counting on \
                       from it would make the books lie about what was processed, so the stage stops.",
-        remedy: "`throughline groups adopt <group>` accepts the position and opens a new, named volume of \
-                 the books; `throughline groups adopt <group> --reject` puts back the last position that \
-                 the stage committed. Both show what they would do first.",
+        remedy: "`throughline groups adopt <group>` shows what accepting the position would do; with `--yes` \
+                 it accepts it and opens a new, named volume of the books. To reject it, put the offset \
+                 back with the tool that moved it, then adopt.",
+    },
+    Code {
+        id: "TL-REGISTRY-001",
+        title: "the schema registry refused a request",
+        explanation: "The registry answered, and its answer was no: a schema that breaks readers, a subject \
+                      or login that it does not accept. Asking again would give the same answer.",
+        remedy: "The message holds the registry's reason. `throughline topics plan` shows what the catalog \
+                 wants to register; `throughline doctor` checks address and login.",
     },
     Code {
         id: OUTPUT_INVALID,
@@ -77,6 +121,47 @@ pub const CODES: &[Code] = &[
         title: "a state does not fit its schema",
         explanation: "This is a defect of the stage. Nothing of the transaction was committed.",
         remedy: "Report the defect with the message; the previous version of the stage can take over.",
+    },
+    Code {
+        id: "TL-STORE-001",
+        title: "the address of the database cannot be used",
+        explanation: "It is neither `sqlite:///absolute/path.db` nor `postgres://user@host/database`.",
+        remedy: "Correct the `--database` flag or the configuration's database section.",
+    },
+    Code {
+        id: "TL-STORE-002",
+        title: "the database was migrated by a newer version",
+        explanation: "This version does not know the tables that are there and would write wrong rows.",
+        remedy: "Run the version that migrated it, or a newer one.",
+    },
+    Code {
+        id: "TL-STORE-003",
+        title: "the id of a topic is not known",
+        explanation: "Stored offsets count in one incarnation of a topic. Without the topic's id the store \
+                      cannot tell whether it is the same one.",
+        remedy: "Create the topics with `throughline topics apply` and start again.",
+    },
+    Code {
+        id: "TL-STORE-004",
+        title: "a stored offset counts in another cluster or another topic of that name",
+        explanation: "The cluster differs, or the topic was deleted and made anew. Going on would skip or \
+                      repeat records.",
+        remedy: "`throughline groups adopt <group>` begins a new volume in the present topic and shows \
+                 first what it would do.",
+    },
+    Code {
+        id: "TL-STORE-005",
+        title: "the database refused a statement for good",
+        explanation: "The reason is neither the data's nor cured by waiting: a missing table, partition or \
+                      right, a changed constraint.",
+        remedy: "The message holds the database's code; `throughline doctor` compares the tables with what \
+                 this version needs.",
+    },
+    Code {
+        id: "TL-STORE-006",
+        title: "rows were to be written without an offset",
+        explanation: "A repeat of such a write could not be recognised. This is a defect of the caller.",
+        remedy: "Report the defect with the message; nothing was written.",
     },
     Code {
         id: STORE_REFUSES_NOTHING,

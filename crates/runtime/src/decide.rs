@@ -219,7 +219,7 @@ where
                     lane.caught_up = lane.active;
                 }
             }
-            PipelineEvent::Overtaken { partition, from, to } => self.overtaken(&partition, from, to),
+            PipelineEvent::Overtaken { partition, from, to } => self.overtaken(&partition, from, to)?,
             PipelineEvent::Idle => {}
             PipelineEvent::Unavailable(message) => {
                 self.signals.failed(&Failure::Dependency { dependency: "kafka", message });
@@ -270,11 +270,21 @@ where
         }
     }
 
-    fn overtaken(&mut self, partition: &TopicPartition, from: i64, to: i64) {
-        let Some(lane) = self.lanes.get_mut(partition).filter(|lane| lane.active) else { return };
+    fn overtaken(&mut self, partition: &TopicPartition, from: i64, to: i64) -> Result<(), Stopped> {
+        let Some(lane) = self.lanes.get_mut(partition).filter(|lane| lane.active) else { return Ok(()) };
+        if !lane.held.is_empty() {
+            // Records that wait for a schema come first. They are fetched again from where the lane stands,
+            // and the source tells again what is missing then.
+            lane.held.clear();
+            let start = [(partition.clone(), lane.next)];
+            self.resume_if_free(partition);
+            let started = self.source.start(&start);
+            return started.map_or_else(|failure| self.recover(failure), Ok);
+        }
         let lost = lane.overtake(from, to);
         self.signals.overtaken(partition, from, to, lost);
         self.pending.since.get_or_insert(self.clock.now());
+        Ok(())
     }
 
     /// Reads the tables first; then activates complete tasks, one a turn, so that the source is polled in

@@ -186,10 +186,15 @@ impl Lane {
         self.next = offset + 1;
     }
 
-    /// Moves past positions that retention deleted; returns how many were lost to the stage.
+    /// Moves past positions `[from, to)` that retention deleted; returns how many were lost to the stage.
     pub(crate) fn overtake(&mut self, from: i64, to: i64) -> u64 {
+        let count = |from: i64, to: i64| u64::try_from(to - from).unwrap_or(0);
+        if self.next >= 0 {
+            // The source had read on over positions without a record.
+            self.tally.positions_without_record += count(self.next, from);
+        }
         let from = from.max(self.next);
-        let lost = if from < 0 { 0 } else { u64::try_from(to - from).unwrap_or(0) };
+        let lost = if from < 0 { 0 } else { count(from, to) };
         self.tally.overtaken += lost;
         self.next = self.next.max(to);
         lost

@@ -6,14 +6,14 @@
 use crate::clock::FakeClock;
 use crate::faults::Faults;
 use parking_lot::{Mutex, MutexGuard};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::ids::partition_of;
 use throughline_model::record::{Batch, Outgoing, TopicPartition};
 use throughline_model::time::Timestamp;
 use throughline_runtime::Clock;
-use throughline_runtime::ports::Failure;
+use throughline_runtime::ports::{Failure, PipelineEvent};
 
 /// After this time the broker ends an open transaction and fences its producer (`transaction.timeout.ms`).
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,6 +73,7 @@ pub(crate) struct Group {
     pub(crate) members: BTreeMap<u64, BTreeSet<Arc<str>>>,
     pub(crate) owners: BTreeMap<TopicPartition, u64>,
     pub(crate) expelled: BTreeSet<u64>,
+    pub(crate) told: VecDeque<PipelineEvent>,
 }
 
 #[derive(Default)]
@@ -214,6 +215,11 @@ impl MemoryCluster {
         let group = inner.groups.entry(group.to_owned()).or_default();
         group.owners.retain(|_, owner| *owner != member);
         group.expelled.insert(member);
+    }
+
+    /// Lets the group's next poll return `event`, whatever else there is.
+    pub fn tell(&self, group: &str, event: PipelineEvent) {
+        self.lock().groups.entry(group.to_owned()).or_default().told.push_back(event);
     }
 
     /// Lets consumers reach the cluster or not.

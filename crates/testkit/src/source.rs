@@ -2,7 +2,7 @@
 
 use crate::cluster::{MemoryCluster, to_batch};
 use crate::faults::Point;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::books::Books;
@@ -26,7 +26,6 @@ pub struct MemorySource {
     reading: BTreeMap<TopicPartition, Reading>,
     turn: usize,
     said_away: bool,
-    script: VecDeque<PipelineEvent>,
 }
 
 impl MemorySource {
@@ -47,18 +46,12 @@ impl MemorySource {
             reading: BTreeMap::new(),
             turn: 0,
             said_away: false,
-            script: VecDeque::new(),
         }
     }
 
     /// Returns the member's number.
     pub fn member(&self) -> u64 {
         self.member
-    }
-
-    /// Delivers `event` before anything else.
-    pub fn script(&mut self, event: PipelineEvent) {
-        self.script.push_back(event);
     }
 
     /// Returns what the group wants of this member: partition p goes to the p-th member, counted round, for
@@ -143,7 +136,8 @@ impl MemorySource {
 
 impl Source for MemorySource {
     fn poll(&mut self, wait: Duration) -> PipelineEvent {
-        if let Some(event) = self.script.pop_front() {
+        let told = self.cluster.lock().groups.get_mut(&self.group).and_then(|group| group.told.pop_front());
+        if let Some(event) = told {
             return event;
         }
         let away = self.cluster.lock().away;

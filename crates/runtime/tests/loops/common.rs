@@ -10,7 +10,6 @@ use throughline_model::outcome::{Outcome, Settled};
 use throughline_model::record::{Headers, TopicPartition};
 use throughline_model::stage::{Decide, Effects, Input, Kind, StageSpec};
 use throughline_model::time::Timestamp;
-use throughline_runtime::ports::PipelineEvent;
 use throughline_runtime::{Clock, DecideLoop, DecidePorts, LoopConfig, Stopped};
 use throughline_telemetry::Health;
 use throughline_testkit::{
@@ -192,19 +191,11 @@ impl World {
     pub fn start(&self, instance: &str) -> (Loop, u64) {
         let topics = self.topics();
         let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
-        self.start_with(instance, &topics, [])
+        self.start_with(instance, &topics)
     }
 
-    pub fn start_with(
-        &self,
-        instance: &str,
-        topics: &[&str],
-        events: impl IntoIterator<Item = PipelineEvent>,
-    ) -> (Loop, u64) {
-        let mut source = MemorySource::join(&self.cluster, GROUP, topics, self.batch_max);
-        for event in events {
-            source.script(event);
-        }
+    pub fn start_with(&self, instance: &str, topics: &[&str]) -> (Loop, u64) {
+        let source = MemorySource::join(&self.cluster, GROUP, topics, self.batch_max);
         let member = source.member();
         let ports = DecidePorts {
             transactions: MemoryTransactions::new(&self.cluster, instance, GROUP, &source),

@@ -6,6 +6,7 @@ use throughline_model::books::Books;
 use throughline_model::outcome::Outcome;
 use throughline_model::record::TopicPartition;
 use throughline_model::topics::DEVICE_TELEMETRY_V1;
+use throughline_runtime::ports::PipelineEvent;
 use throughline_runtime::{Clock, codes};
 use throughline_testkit::{Fault, Point, device_message, measurement, schema_of};
 
@@ -120,7 +121,7 @@ fn state_is_restored_before_any_input() {
 fn a_task_begins_when_its_partition_of_every_input_is_owned() {
     let world = World::new(&[INPUT, SECOND], 1);
     world.say("a", "add:1");
-    let (mut partial, _) = world.start_with("i", &[INPUT, REPLAY], []);
+    let (mut partial, _) = world.start_with("i", &[INPUT, REPLAY]);
     turns(&mut partial, 50);
     assert_eq!((world.cluster.faults().passed(Point::Start), world.output().len()), (0, 0));
     drop(partial);
@@ -345,9 +346,37 @@ fn positions_without_a_record_and_overtaken_ones_are_in_the_books() {
     world.settle(&mut running);
     let counted = books(&world);
     assert_eq!((counted.records_read(), counted.overtaken), (3, 3));
+    // A marker at the end is read over before retention takes what follows it.
+    world.cluster.append_gap(INPUT, 0, 1);
+    world.pass(&mut running, Duration::from_secs(1));
+    drop(running);
+    world.say("a", "add:3");
+    world.say("a", "add:3");
+    world.cluster.delete_before(INPUT, 0, 11);
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    let counted = books(&world);
     let (next, _) = world.cluster.committed(GROUP, &first()).unwrap();
     let sum = counted.records_read() + counted.positions_without_record + counted.overtaken;
     assert_eq!(next as u64, sum, "positions advanced = records + positions without one + overtaken");
+}
+
+#[test]
+fn what_waits_for_a_schema_is_not_lost_when_retention_overtakes_what_follows() {
+    let world = World::new(&[INPUT], 1);
+    world.schemas.register(9_001, schema_of(DEVICE_TELEMETRY_V1));
+    world.cluster.faults().set_up(Point::Schema, false);
+    world.say("a", "add:1");
+    world.cluster.append(INPUT, 0, Some(b"a"), Some(&framed(&world, 9_001, 7)), []);
+    let overtaken = PipelineEvent::Overtaken { partition: first(), from: 2, to: 5 };
+    let (mut running, _) = world.start("i");
+    world.pass(&mut running, Duration::from_secs(1));
+    world.cluster.tell(GROUP, overtaken);
+    running.turn().unwrap();
+    world.cluster.faults().set_up(Point::Schema, true);
+    world.pass(&mut running, Duration::from_secs(12));
+    assert_eq!(world.output(), ["a 1 1 @0", "message 7"]);
+    assert_eq!((books(&world).records_read(), books(&world).overtaken), (2, 0));
 }
 
 #[test]
