@@ -1,1 +1,31 @@
-//! Placeholder while the contracts are laid down.
+//! Kafka behind the ports of the runtime. The only user of rdkafka; no type of it leaves this crate.
+//!
+//! - [`GroupSource`] reads partitions as a member of a group and never loses its place in it.
+//! - [`TransactionalProducer`] writes outputs, state and offsets in one transaction.
+//! - [`TopicReader`] reads tables (compacted topics) to the end they had when asked.
+//! - [`AckedProducer`] and [`IngressProducer`] write outside transactions.
+//! - [`RegistryClient`] speaks Confluent's schema registry API.
+//! - [`admin`], [`browse`] and [`lag`] serve operators: topics, groups, records, delays.
+
+pub mod admin;
+pub mod browse;
+mod config;
+mod context;
+mod failure;
+mod ingress;
+pub mod lag;
+mod message;
+mod outlet;
+mod reader;
+mod registry;
+mod source;
+mod tail;
+mod transactions;
+
+pub use config::{GroupProtocol, KafkaConfig};
+pub use ingress::{IngressConfig, IngressProducer};
+pub use outlet::AckedProducer;
+pub use reader::TopicReader;
+pub use registry::{RegistryClient, RegistryConfig, RegistryError, SubjectVersion};
+pub use source::{BatchBounds, GroupSource, Membership};
+pub use transactions::TransactionalProducer;

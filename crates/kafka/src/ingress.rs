@@ -1,0 +1,200 @@
+//! Records from the bridge: handed over without blocking, each one's fate reported by its token.
+
+use crate::config::KafkaConfig;
+use crate::context::{log_error, log_line};
+use crate::failure::refused_config;
+use crate::message::produce;
+use parking_lot::RwLock;
+use rdkafka::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{BaseProducer, DeliveryResult, Producer, ProducerContext, PurgeConfig};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use throughline_model::record::Outgoing;
+use throughline_runtime::ports::{Failure, Ingress, Refused};
+use tracing::{error, warn};
+
+// A token travels through librdkafka in place of a pointer.
+const _: () = assert!(size_of::<usize>() == size_of::<u64>(), "tokens need 64-bit pointers");
+
+/// One turn of the thread that serves deliveries; they are served as they come within it.
+const TURN: Duration = Duration::from_millis(100);
+/// How long a producer that ends waits for the fate of its last records.
+const LAST_REPORTS: Duration = Duration::from_secs(5);
+
+/// How the bridge's producer behaves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IngressConfig {
+    /// How long a record waits for company, in milliseconds. Measured at 5,000 messages a second with
+    /// 0 / 1 / 2 / 5 ms: p50 0.6 / 2.0 / 2.7 / 3.6 ms at 57 / 46 / 33 / 24 CPU-seconds per million.
+    pub linger_ms: u32,
+    /// How long a record may wait for Kafka, in milliseconds, before its connection is closed.
+    pub produce_timeout_ms: u32,
+    /// Records that may wait at once; beyond it the bridge stops reading. A million costs 39 % more CPU.
+    pub queue_records_max: u32,
+    /// Bytes that may wait at once, in KiB.
+    pub queue_kib_max: u32,
+}
+
+impl Default for IngressConfig {
+    fn default() -> Self {
+        Self { linger_ms: 1, produce_timeout_ms: 300_000, queue_records_max: 100_000, queue_kib_max: 262_144 }
+    }
+}
+
+type Callback = Arc<dyn Fn(u64, bool) + Send + Sync>;
+
+struct Deliveries {
+    callback: Callback,
+}
+
+impl ClientContext for Deliveries {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log_line(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        log_error(&error, reason);
+    }
+}
+
+impl ProducerContext for Deliveries {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, token: usize) {
+        (self.callback)(token as u64, result.is_ok());
+    }
+}
+
+struct Shared {
+    config: KafkaConfig,
+    tuning: IngressConfig,
+    callback: Callback,
+    /// Written only when a fatal error made a new producer necessary.
+    producer: RwLock<Arc<BaseProducer<Deliveries>>>,
+    stop: AtomicBool,
+}
+
+/// The bridge's producer: idempotent, acks=all, lz4, in order per key.
+pub struct IngressProducer {
+    shared: Arc<Shared>,
+    server: Option<JoinHandle<()>>,
+}
+
+impl IngressProducer {
+    /// Starts the producer and the thread that calls `delivered(token, ok)`, once for each record taken.
+    /// The callback must be quick and must not call back into the producer.
+    ///
+    /// # Errors
+    /// [`Failure::Stop`] when librdkafka refuses the configuration.
+    pub fn start(
+        config: &KafkaConfig,
+        tuning: &IngressConfig,
+        delivered: impl Fn(u64, bool) + Send + Sync + 'static,
+    ) -> Result<Self, Failure> {
+        let callback: Callback = Arc::new(delivered);
+        let producer = RwLock::new(Arc::new(make(config, tuning, &callback)?));
+        let (config, tuning) = (config.clone(), tuning.clone());
+        let shared = Arc::new(Shared { config, tuning, callback, producer, stop: AtomicBool::new(false) });
+        let serving = Arc::clone(&shared);
+        let server = std::thread::Builder::new()
+            .name("kafka-ingress".to_owned())
+            .spawn(move || serve(&serving))
+            .map_err(|e| crate::failure::dependency(format!("no thread to serve deliveries on: {e}")))?;
+        Ok(Self { shared, server: Some(server) })
+    }
+
+    /// Waits until every record was acknowledged or refused, at most `wait`. Returns whether that is so.
+    pub fn drain(&self, wait: Duration) -> bool {
+        let deadline = Instant::now() + wait;
+        while self.in_flight() > 0 {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+}
+
+impl Ingress for IngressProducer {
+    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), Refused> {
+        let producer = self.shared.producer.read();
+        match produce(&producer, record, token as usize) {
+            Ok(()) => Ok(()),
+            Err(KafkaError::MessageProduction(code)) => match code {
+                RDKafkaErrorCode::MessageSizeTooLarge
+                | RDKafkaErrorCode::UnknownTopic
+                | RDKafkaErrorCode::UnknownTopicOrPartition
+                | RDKafkaErrorCode::UnknownPartition
+                | RDKafkaErrorCode::InvalidArgument
+                | RDKafkaErrorCode::InvalidTopic => Err(Refused::Broken(code.to_string())),
+                // A full queue, or a producer beyond repair that is about to be replaced.
+                _ => Err(Refused::Full),
+            },
+            Err(other) => Err(Refused::Broken(other.to_string())),
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        usize::try_from(self.shared.producer.read().in_flight_count()).unwrap_or_default()
+    }
+}
+
+impl Drop for IngressProducer {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        if let Some(server) = self.server.take()
+            && server.join().is_err()
+        {
+            error!("the thread that serves deliveries panicked");
+        }
+        end(&self.shared.producer.read());
+    }
+}
+
+fn make(
+    config: &KafkaConfig,
+    tuning: &IngressConfig,
+    callback: &Callback,
+) -> Result<BaseProducer<Deliveries>, Failure> {
+    let mut client = config.writer();
+    client
+        .set("linger.ms", tuning.linger_ms.to_string())
+        .set("message.timeout.ms", tuning.produce_timeout_ms.to_string())
+        .set("queue.buffering.max.messages", tuning.queue_records_max.to_string())
+        .set("queue.buffering.max.kbytes", tuning.queue_kib_max.to_string());
+    let context = Deliveries { callback: Arc::clone(callback) };
+    BaseProducer::from_config_and_context(&client, context).map_err(|e| refused_config(&e))
+}
+
+fn serve(shared: &Shared) {
+    while !shared.stop.load(Ordering::Acquire) {
+        let producer = Arc::clone(&shared.producer.read());
+        producer.poll(TURN);
+        if let Some((code, why)) = producer.client().fatal_error() {
+            warn!("the bridge's Kafka producer is made anew: {code}: {why}");
+            match make(&shared.config, &shared.tuning, &shared.callback) {
+                Ok(renewed) => {
+                    *shared.producer.write() = Arc::new(renewed);
+                    end(&producer);
+                }
+                Err(error) => error!("the bridge's Kafka producer cannot be made anew: {error}"),
+            }
+        }
+    }
+}
+
+/// Gives up what is queued or in flight, so that each token is reported.
+fn end(producer: &BaseProducer<Deliveries>) {
+    producer.purge(PurgeConfig::default().queue().inflight());
+    let deadline = Instant::now() + LAST_REPORTS;
+    while producer.in_flight_count() > 0 && Instant::now() < deadline {
+        producer.poll(Duration::from_millis(1));
+    }
+}

@@ -1,0 +1,501 @@
+//! Reads partitions as a member of a group.
+//!
+//! How partitions change hands: rebalances are only recorded in librdkafka's callback. A partition that is
+//! given is assigned paused and offered; `start` seeks it to the position whose state was restored and
+//! resumes it. A partition that is taken stays assigned until every one of that rebalance was released, so
+//! that the member can still commit; the group waits for it. Assigning at once, instead of withholding the
+//! acknowledgement until state is restored, keeps a slow restore from holding up the rebalance of the other
+//! members, and allows a loop to start some of the offered partitions and not others.
+//!
+//! `pause` does not use librdkafka's: a queue that nobody drains stops its own fetching at its bound, and
+//! nothing that was fetched is thrown away.
+
+mod membership;
+mod partition;
+
+pub use membership::Membership;
+pub use partition::BatchBounds;
+
+use crate::config::{KafkaConfig, REQUEST_TIMEOUT, STABLE_TIMEOUT};
+use crate::failure::{dependency, failure, ffi_failure};
+use crate::message::{bare_list, list};
+use membership::{Member, MemberConsumer, Rebalanced, Wake, assign, unassign};
+use partition::{Drained, Partition};
+use rdkafka::consumer::Consumer;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use throughline_kafka_ffi::{OffsetSpec, entries, list_offsets};
+use throughline_model::books::Books;
+use throughline_model::record::TopicPartition;
+use throughline_runtime::ports::{BooksFound, Failure, PipelineEvent, Position, Source};
+use tracing::{info, warn};
+
+/// The longest sleep between two looks into the queues: librdkafka's wake-ups are not relied on alone.
+const NAP: Duration = Duration::from_millis(100);
+/// Back-off between attempts to make a consumer anew, doubling up to the second.
+const REBUILD_BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// How long a seek may take; it is local but for the broker thread's turn.
+const SEEK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often the main queue is served in one turn; each serve takes one event.
+const SERVES_PER_TURN: usize = 16;
+
+/// A member of a group that delivers bounded batches of one partition each.
+///
+/// Owned by one thread, which must call [`Source::poll`] often: a member that does not for
+/// `max.poll.interval.ms` (5 minutes) loses its partitions.
+pub struct GroupSource {
+    config: KafkaConfig,
+    group: String,
+    topics: Vec<String>,
+    bounds: BatchBounds,
+    wake: Arc<Wake>,
+    member: Option<Member>,
+    membership: Membership,
+    partitions: Vec<Partition>,
+    /// Taken by the group and not yet all released.
+    revoking: Vec<TopicPartition>,
+    /// Where the next turn begins, so that no partition starves another.
+    turn: usize,
+    events: VecDeque<PipelineEvent>,
+    /// A trouble is reported once until records flow again.
+    troubled: bool,
+    rebuild_at: Instant,
+    backoff: Duration,
+}
+
+impl GroupSource {
+    /// Joins `group` and subscribes to `topics`. Does not wait for the cluster.
+    ///
+    /// # Errors
+    /// [`Failure::Stop`] when librdkafka refuses the configuration.
+    pub fn join(
+        config: &KafkaConfig,
+        group: &str,
+        topics: &[&str],
+        bounds: BatchBounds,
+    ) -> Result<Self, Failure> {
+        let mut source = Self {
+            config: config.clone(),
+            group: group.to_owned(),
+            topics: topics.iter().map(|&t| t.to_owned()).collect(),
+            bounds: BatchBounds { records: bounds.records.max(1), ..bounds },
+            wake: Arc::default(),
+            member: None,
+            membership: Membership::default(),
+            partitions: Vec::new(),
+            revoking: Vec::new(),
+            turn: 0,
+            events: VecDeque::new(),
+            troubled: false,
+            rebuild_at: Instant::now(),
+            backoff: REBUILD_BACKOFF.0,
+        };
+        source.build()?;
+        Ok(source)
+    }
+
+    /// Returns a share in the membership, for a transactional producer or for mirrored offsets.
+    pub fn membership(&self) -> Membership {
+        self.membership.clone()
+    }
+
+    /// Leaves the group and waits for that at most `wait`. Commit first: what is in flight is dropped.
+    /// Returns whether the coordinator was told in time; if not, the session times out there.
+    pub fn leave(mut self, wait: Duration) -> bool {
+        self.membership.set(None);
+        self.partitions.clear();
+        self.member.take().is_none_or(|member| member.leave_within(wait))
+    }
+
+    fn build(&mut self) -> Result<(), Failure> {
+        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
+        let client = self.config.member(&self.group, topics.len());
+        let member = Member::join(&client, &topics, &self.wake)?;
+        self.membership.set(Some(member.consumer()));
+        self.member = Some(member);
+        Ok(())
+    }
+
+    /// Drops a consumer that cannot go on and everything it owned; a new one follows after a back-off.
+    fn give_up(&mut self, why: &str) {
+        warn!(group = self.group, "the Kafka consumer is made anew: {why}");
+        let lost: Vec<_> = self.partitions.drain(..).map(|p| p.name).collect();
+        self.revoking.clear();
+        self.membership.set(None);
+        self.member = None;
+        self.rebuild_at = Instant::now() + self.backoff;
+        self.backoff = (self.backoff * 2).min(REBUILD_BACKOFF.1);
+        if !lost.is_empty() {
+            self.events.push_back(PipelineEvent::Lost(lost));
+        }
+        self.trouble(why.to_owned());
+    }
+
+    fn trouble(&mut self, why: String) {
+        if !self.troubled {
+            self.troubled = true;
+            self.events.push_back(PipelineEvent::Unavailable(why));
+        }
+    }
+
+    /// Serves rebalances, errors and log lines, and with them the group's liveness.
+    fn serve(&mut self) {
+        let mut idle = 0;
+        for _ in 0..SERVES_PER_TURN {
+            let Some(consumer) = self.member.as_ref().map(|m| Arc::clone(m.consumer())) else { return };
+            match consumer.poll(Duration::ZERO) {
+                // Fetched before its queue was split off; the seek of `start` fetches it again.
+                Some(Ok(_)) => idle = 0,
+                Some(Err(error)) => {
+                    idle = 0;
+                    self.on_error(&error);
+                }
+                None => idle += 1,
+            }
+            while let Some(heard) = self.member.as_ref().and_then(Member::heard) {
+                idle = 0;
+                self.on_rebalance(&consumer, heard);
+            }
+            // `None` also means that a log line was served: look once more.
+            if idle > 1 {
+                return;
+            }
+        }
+    }
+
+    fn on_error(&mut self, error: &KafkaError) {
+        match error {
+            KafkaError::PartitionEOF(_) => {}
+            KafkaError::MessageConsumptionFatal(code) => self.give_up(&format!("fatal: {code}")),
+            KafkaError::MessageConsumption(code) => match code {
+                // The classic protocol's way of saying that a static member was replaced.
+                RDKafkaErrorCode::FencedInstanceId => self.give_up(&format!("fenced: {code}")),
+                // Comes with the loss of the assignment, which says it all.
+                RDKafkaErrorCode::PollExceeded => warn!(group = self.group, "not polled in time"),
+                RDKafkaErrorCode::UnknownTopicOrPartition => self.trouble(format!(
+                    "a topic of {} does not exist: `throughline topics apply` makes it",
+                    self.topics.join(", ")
+                )),
+                _ => self.trouble(format!("Kafka cannot be read: {code}")),
+            },
+            other => self.trouble(format!("Kafka cannot be read: {other}")),
+        }
+    }
+
+    fn on_rebalance(&mut self, consumer: &Arc<MemberConsumer>, heard: Rebalanced) {
+        match heard {
+            Rebalanced::Assigned(given) => self.on_assigned(consumer, given),
+            Rebalanced::Revoked(taken) => {
+                if taken.is_empty() {
+                    self.acknowledge_revocation(consumer, &taken);
+                    return;
+                }
+                for partition in self.partitions.iter_mut().filter(|p| taken.contains(&p.name)) {
+                    partition.revoking = true;
+                }
+                self.revoking.extend(taken.iter().cloned());
+                self.events.push_back(PipelineEvent::Revoking(taken));
+            }
+            Rebalanced::Lost(gone) => {
+                self.revoking.retain(|p| !gone.contains(p));
+                self.acknowledge_revocation(consumer, &gone);
+                self.events.push_back(PipelineEvent::Lost(gone));
+            }
+        }
+    }
+
+    fn on_assigned(&mut self, consumer: &Arc<MemberConsumer>, given: Vec<TopicPartition>) {
+        let mut offered = Vec::with_capacity(given.len());
+        for name in given {
+            self.partitions.retain(|p| p.name != name);
+            match Partition::split(consumer, name.clone(), &self.wake) {
+                Some(partition) => {
+                    self.partitions.push(partition);
+                    offered.push(name);
+                }
+                None => warn!("Kafka gave {name}, which the client does not know"),
+            }
+        }
+        // Offset 0 asks nothing of the cluster, and the pause keeps it from being fetched.
+        let added = list(offered.iter().map(|p| (p, 0)));
+        let all = list(self.partitions.iter().map(|p| (&p.name, if p.started { p.next } else { 0 })));
+        let done = assign(consumer, &added, &all).and_then(|()| match offered.is_empty() {
+            true => Ok(()),
+            false => consumer.pause(&added),
+        });
+        if let Err(error) = done {
+            self.give_up(&format!("an assignment was refused: {error}"));
+        } else if !offered.is_empty() {
+            self.backoff = REBUILD_BACKOFF.0;
+            self.events.push_back(PipelineEvent::Offered(offered));
+        }
+    }
+
+    fn acknowledge_revocation(&mut self, consumer: &MemberConsumer, taken: &[TopicPartition]) {
+        self.partitions.retain(|p| !taken.contains(&p.name));
+        if let Err(error) = unassign(consumer, &bare_list(taken)) {
+            self.give_up(&format!("a revocation was refused: {error}"));
+        }
+    }
+
+    /// Takes the next event from the partitions, each in its turn.
+    fn next_event(&mut self) -> Option<PipelineEvent> {
+        for step in 0..self.partitions.len() {
+            let index = (self.turn + step) % self.partitions.len();
+            let partition = &mut self.partitions[index];
+            if !partition.delivers() {
+                continue;
+            }
+            let from = partition.next;
+            let name = partition.name.clone();
+            let drained = partition.drain(self.bounds);
+            if !matches!(drained, Drained::Empty) {
+                self.turn = index + 1;
+            }
+            match drained {
+                Drained::Empty => {}
+                Drained::Records(batch) => {
+                    self.troubled = false;
+                    return Some(PipelineEvent::Records(batch));
+                }
+                Drained::End => {
+                    self.troubled = false;
+                    return Some(PipelineEvent::CaughtUp(name));
+                }
+                Drained::OutOfRange => {
+                    self.on_out_of_range(&name, from);
+                    return self.events.pop_front();
+                }
+                Drained::Fatal(why) => {
+                    self.give_up(&why);
+                    return self.events.pop_front();
+                }
+                Drained::Trouble(why) => {
+                    self.trouble(why);
+                    return self.events.pop_front();
+                }
+            }
+        }
+        None
+    }
+
+    /// The position does not exist. Before the beginning, retention overtook it: say so and go on. Past the
+    /// end, the topic lost data or was made anew: nothing is delivered until a person decides.
+    fn on_out_of_range(&mut self, name: &TopicPartition, from: i64) {
+        let end = self.end_of(name, OffsetSpec::Latest);
+        match (self.earliest(name), end) {
+            (Ok(to), _) if from < to => {
+                if let Err(error) = self.reassign(name, to) {
+                    self.give_up(&format!("{name} cannot go on at {to}: {error}"));
+                }
+                self.events.push_back(PipelineEvent::Overtaken { partition: name.clone(), from, to });
+            }
+            (Ok(_), Ok(end)) if from > end => {
+                let why = format!(
+                    "TL-KAFKA-010: position {from} of {name} lies past its end {end}: the topic was made \
+                     anew or lost data; nothing is delivered until its offset is reset"
+                );
+                self.give_up(&why);
+            }
+            (Err(error), _) | (_, Err(error)) => self.give_up(&format!("{name}: {error}")),
+            (Ok(_), Ok(_)) => {
+                if let Err(error) = self.reassign(name, from) {
+                    self.give_up(&format!("{name} cannot go on at {from}: {error}"));
+                }
+            }
+        }
+    }
+
+    fn earliest(&self, name: &TopicPartition) -> Result<i64, Failure> {
+        self.end_of(name, OffsetSpec::Earliest)
+    }
+
+    fn end_of(&self, name: &TopicPartition, spec: OffsetSpec) -> Result<i64, Failure> {
+        let consumer = self.consumer()?;
+        let asked = [(&*name.topic, name.partition)];
+        let what = format!("cannot ask for the bounds of {name}");
+        let found = list_offsets(consumer.client(), &asked, spec, false, REQUEST_TIMEOUT);
+        let entry = found.map_err(|e| ffi_failure(&what, &e))?.into_iter().next();
+        let entry = entry.ok_or_else(|| dependency(format!("{what}: no answer")))?;
+        match entry.error {
+            Some(code) => Err(crate::failure::by_code(&what, code, &code.to_string())),
+            None => Ok(entry.offset),
+        }
+    }
+
+    fn consumer(&self) -> Result<&Arc<MemberConsumer>, Failure> {
+        let member = self.member.as_ref();
+        member.map(Member::consumer).ok_or_else(|| dependency("the consumer is being made anew"))
+    }
+
+    /// Takes a partition out and puts it in again at `next`: the way out of a position that does not exist,
+    /// after which librdkafka refuses to seek.
+    fn reassign(&mut self, name: &TopicPartition, next: i64) -> Result<(), Failure> {
+        let consumer = Arc::clone(self.consumer()?);
+        if let Some(partition) = self.partitions.iter_mut().find(|p| p.name == *name) {
+            partition.begin(next);
+        }
+        let one = list([(name, next)]);
+        let what = format!("cannot begin {name} at {next}");
+        let all = list(self.partitions.iter().map(|p| (&p.name, if p.started { p.next } else { 0 })));
+        unassign(&consumer, &bare_list([name]))
+            .and_then(|()| assign(&consumer, &one, &all))
+            .and_then(|()| consumer.resume(&one))
+            .map_err(|e| failure(&what, &e))?;
+        // The queue was joined to the common one again: split it off anew, as after an assignment. The old
+        // handle goes first, because its end takes the wake-up of the queue along.
+        if let Some(index) = self.partitions.iter().position(|p| p.name == *name) {
+            let paused = self.partitions.remove(index).paused;
+            let renewed = Partition::split(&consumer, name.clone(), &self.wake);
+            let mut renewed = renewed.ok_or_else(|| dependency(format!("{what}: unknown partition")))?;
+            renewed.paused = paused;
+            renewed.begin(next);
+            self.partitions.insert(index, renewed);
+        }
+        Ok(())
+    }
+}
+
+impl Source for GroupSource {
+    fn poll(&mut self, wait: Duration) -> PipelineEvent {
+        let deadline = Instant::now() + wait;
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return event;
+            }
+            if self.member.is_none() && Instant::now() >= self.rebuild_at {
+                match self.build() {
+                    Ok(()) => info!(group = self.group, "joins again"),
+                    Err(error) => self.give_up(&error.to_string()),
+                }
+            }
+            self.wake.reset();
+            self.serve();
+            if let Some(event) = self.events.pop_front().or_else(|| self.next_event()) {
+                return event;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return PipelineEvent::Idle;
+            }
+            self.wake.wait(left.min(NAP));
+        }
+    }
+
+    fn committed(&mut self, partitions: &[TopicPartition]) -> Result<Vec<Position>, Failure> {
+        let consumer = Arc::clone(self.consumer()?);
+        let deadline = Instant::now() + STABLE_TIMEOUT;
+        let what = format!("cannot read the committed offsets of group `{}`", self.group);
+        loop {
+            let asked = consumer.committed_offsets(bare_list(partitions), REQUEST_TIMEOUT);
+            let found = asked.map(|l| entries(&l));
+            let unstable = Some(RDKafkaErrorCode::UnstableOffsetCommit);
+            let wait = match &found {
+                Ok(entries) => entries.iter().any(|e| e.error == unstable),
+                Err(error) => error.rdkafka_error_code() == unstable,
+            };
+            if wait && Instant::now() < deadline {
+                // An open transaction holds the offsets; it ends within its time-out.
+                self.serve();
+                self.wake.wait(Duration::from_millis(20));
+                self.wake.reset();
+                continue;
+            }
+            let entries = found.map_err(|e| failure(&what, &e))?;
+            if let Some(code) = entries.iter().find_map(|e| e.error) {
+                return Err(crate::failure::by_code(&what, code, &code.to_string()));
+            }
+            let position = |name: &TopicPartition| {
+                let entry = entries.iter().find(|e| *e.topic == *name.topic && e.partition == name.partition);
+                entry.map_or_else(|| position_of(-1, &[]), |e| position_of(e.offset, &e.metadata))
+            };
+            return Ok(partitions.iter().map(position).collect());
+        }
+    }
+
+    fn start(&mut self, partitions: &[(TopicPartition, i64)]) -> Result<(), Failure> {
+        for (name, next) in partitions {
+            let next = if *next < 0 { self.earliest(name)? } else { *next };
+            let consumer = Arc::clone(self.consumer()?);
+            let Some(partition) = self.partitions.iter_mut().find(|p| p.name == *name) else {
+                return Err(dependency(format!("{name} is not assigned to this member any more")));
+            };
+            let first = !partition.started;
+            partition.begin(next);
+            let one = list([(name, next)]);
+            let sought = consumer.seek_partitions(list([(name, next)]), SEEK_TIMEOUT);
+            let sought = sought.is_ok_and(|l| entries(&l).iter().all(|e| e.error.is_none()));
+            if !sought {
+                self.reassign(name, next)?;
+            } else if first {
+                consumer.resume(&one).map_err(|e| failure(&format!("cannot begin {name}"), &e))?;
+            }
+        }
+        self.wake.ring();
+        Ok(())
+    }
+
+    fn release(&mut self, partitions: &[TopicPartition]) {
+        let before = self.revoking.len();
+        let taken: Vec<_> = self.partitions.iter().filter(|p| p.revoking).map(|p| p.name.clone()).collect();
+        self.revoking.retain(|p| !partitions.contains(p));
+        // The group's round ends with one acknowledgement of all: an early one would end it for the rest.
+        if before > 0
+            && self.revoking.is_empty()
+            && let Ok(consumer) = self.consumer().cloned()
+        {
+            self.acknowledge_revocation(&consumer, &taken);
+        }
+    }
+
+    fn pause(&mut self, partitions: &[TopicPartition], paused: bool) {
+        for partition in self.partitions.iter_mut().filter(|p| partitions.contains(&p.name)) {
+            partition.paused = paused;
+        }
+        self.wake.ring();
+    }
+}
+
+impl Drop for GroupSource {
+    fn drop(&mut self) {
+        // The queues hold the consumer, which then closes on a thread of its own.
+        self.membership.set(None);
+        self.partitions.clear();
+    }
+}
+
+fn position_of(offset: i64, metadata: &[u8]) -> Position {
+    if offset < 0 {
+        return Position { next: -1, books: BooksFound::New };
+    }
+    let text = String::from_utf8_lossy(metadata);
+    let books = match Books::from_metadata(&text) {
+        Ok(books) => BooksFound::Ours(books),
+        Err(foreign) => BooksFound::Foreign(foreign.0),
+    };
+    Position { next: offset, books }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn committed_metadata_is_ours_foreign_or_new() {
+        let books = Books::open("v-1");
+        assert_eq!(
+            position_of(5, books.to_metadata().as_bytes()),
+            Position { next: 5, books: BooksFound::Ours(books) }
+        );
+        for (offset, metadata, found) in [
+            (-1001, b"".as_slice(), Position { next: -1, books: BooksFound::New }),
+            (3, b"", Position { next: 3, books: BooksFound::Foreign(String::new()) }),
+            (3, b"kcat", Position { next: 3, books: BooksFound::Foreign("kcat".to_owned()) }),
+            (3, b"\xff", Position { next: 3, books: BooksFound::Foreign("\u{fffd}".to_owned()) }),
+        ] {
+            assert_eq!(position_of(offset, metadata), found, "{metadata:?}");
+        }
+    }
+}
