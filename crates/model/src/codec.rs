@@ -4,6 +4,7 @@
 //! work is done by `serde_avro_fast`; property tests prove it equal to apache-avro's generic reader and
 //! writer.
 
+use crate::prune::Pruned;
 use serde::{Deserialize, Serialize};
 use serde_avro_fast::Schema;
 use serde_avro_fast::ser::SerializerConfig;
@@ -76,6 +77,8 @@ impl CodecError {
 struct Bound {
     id: u32,
     schema: Arc<Schema>,
+    /// Optional fields of the envelope that the schema, an older one, does not have.
+    lacks: Arc<[&'static str]>,
 }
 
 /// The schemas known to a process: by id for reading, by topic for writing. Cheap to share; reading takes
@@ -94,7 +97,8 @@ impl Codec {
     pub fn bind(&self, topic: &str, id: u32, schema_json: &str) -> Result<(), CodecError> {
         let schema = parse(topic, schema_json)?;
         self.by_id.write().expect("no writer panics").insert(id, Arc::clone(&schema));
-        self.by_topic.write().expect("no writer panics").insert(topic.to_owned(), Bound { id, schema });
+        let bound = Bound { id, schema, lacks: crate::catalog::schema::lacking(schema_json).into() };
+        self.by_topic.write().expect("no writer panics").insert(topic.to_owned(), bound);
         Ok(())
     }
 
@@ -136,17 +140,20 @@ impl Codec {
     /// # Errors
     /// [`CodecError::UnboundTopic`] or [`CodecError::Encode`]; `out` may then hold a partial value.
     pub fn encode<T: Serialize>(&self, topic: &str, value: &T, out: &mut Vec<u8>) -> Result<(), CodecError> {
-        let (id, schema) = {
+        let (id, schema, lacks) = {
             let bound = self.by_topic.read().expect("no writer panics");
             let bound = bound.get(topic).ok_or_else(|| CodecError::UnboundTopic(topic.to_owned()))?;
-            (bound.id, Arc::clone(&bound.schema))
+            (bound.id, Arc::clone(&bound.schema), Arc::clone(&bound.lacks))
         };
         out.push(0);
         out.extend_from_slice(&id.to_be_bytes());
         let mut config = SerializerConfig::new(&schema);
-        serde_avro_fast::to_datum(value, out, &mut config)
-            .map(|_| ())
-            .map_err(|e| CodecError::Encode { topic: topic.to_owned(), why: e.to_string() })
+        let written = if lacks.is_empty() {
+            serde_avro_fast::to_datum(value, out, &mut config)
+        } else {
+            serde_avro_fast::to_datum(&Pruned { value, lacks: &lacks }, out, &mut config)
+        };
+        written.map(|_| ()).map_err(|e| CodecError::Encode { topic: topic.to_owned(), why: e.to_string() })
     }
 }
 

@@ -11,6 +11,7 @@ pub mod envelope;
 pub mod ids;
 pub mod keyed;
 pub mod outcome;
+mod prune;
 pub mod record;
 pub mod rows;
 pub mod rules;

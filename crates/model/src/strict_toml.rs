@@ -23,7 +23,11 @@ impl FileError {
     /// Places a fault at a byte offset of `text`; an offset behind the end is the end.
     pub fn at(file: &str, text: &str, offset: usize, what: impl Into<String>) -> Self {
         let (line, column) = line_and_column(text, offset);
-        Self { file: file.to_owned(), line, column, what: what.into() }
+        // One fault is one line, whatever the reader beneath wrote.
+        let what: String = what.into();
+        let what =
+            what.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>();
+        Self { file: file.to_owned(), line, column, what: what.join("; ") }
     }
 
     /// Places a fault at the value under `path`, or at the innermost table on the way that exists: keys by
@@ -85,7 +89,7 @@ fn explain(message: &str) -> String {
     } else if message.starts_with("duplicate key") || message.starts_with("duplicate field") {
         format!("{message}: every key may be given once")
     } else {
-        message.trim().replace('\n', "; ")
+        message.to_owned()
     }
 }
 

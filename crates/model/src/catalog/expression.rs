@@ -11,12 +11,29 @@ pub const VARIABLES: [&str; 5] = ["payload", "element", "capture", "topic", "log
 /// Keys of `login`.
 const LOGIN_KEYS: [&str; 3] = ["client_id", "user", "site"];
 
-/// Functions that the bridge adds to CEL's own; the bridge's tests hold the two lists together.
-pub const FEED_FUNCTIONS: [&str; 8] =
-    ["split", "join", "replace", "lower", "upper", "trim", "number", "json"];
+/// Functions that the bridge adds to CEL's own: those of CEL's strings extension, then ours, which make a
+/// text lower or upper case, a number of a text, and a value of JSON in a text.
+pub const FEED_FUNCTIONS: [&str; 16] = [
+    "charAt",
+    "format",
+    "indexOf",
+    "join",
+    "lastIndexOf",
+    "lowerAscii",
+    "replace",
+    "reverse",
+    "split",
+    "substring",
+    "trim",
+    "upperAscii",
+    "lower",
+    "upper",
+    "number",
+    "json",
+];
 
 /// CEL's own functions and operators' names begin with `_` or `@` or are among these.
-const CEL_FUNCTIONS: [&str; 31] = [
+const CEL_FUNCTIONS: [&str; 29] = [
     "bool",
     "bytes",
     "contains",
@@ -37,8 +54,6 @@ const CEL_FUNCTIONS: [&str; 31] = [
     "hasValue",
     "int",
     "matches",
-    "max",
-    "min",
     "optional",
     "or",
     "orValue",
@@ -182,7 +197,7 @@ mod tests {
             ("has(payload.x) && payload.x > 3", None),
             ("payload['a-b'].size() > 0 ? payload['a-b'] : null", None),
             ("type(payload) == string", None),
-            ("split(topic, '/')[1] + lower(login.user)", None),
+            ("topic.split('/')[1] + lower(login.user)", None),
             ("payload.exists(e, e == 'x')", None),
             (
                 "capture.sit",

@@ -153,6 +153,14 @@ pub fn check(topic: &TopicName, text: &str) -> Result<(), Vec<(usize, String)>> 
     if faults.is_empty() { Ok(()) } else { Err(faults) }
 }
 
+/// Returns the optional fields of the envelope that a schema lacks.
+pub(crate) fn lacking(text: &str) -> Vec<&'static str> {
+    let json: Value = serde_json::from_str(text).unwrap_or_default();
+    let fields = json.get("fields").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let has = |name: &str| fields.iter().any(|f| f.get("name").and_then(Value::as_str) == Some(name));
+    OPTIONAL.iter().map(|(name, _)| *name).filter(|name| !has(name)).collect()
+}
+
 /// What a newer schema has that an older one lacks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Evolution {
