@@ -80,6 +80,12 @@ pub trait Decide: Send {
     /// Returns what it reads and keeps.
     fn spec(&self) -> &StageSpec;
 
+    /// Says whether it reads only the replay topics of its inputs. The bridge does: its inputs are what it
+    /// wrote itself.
+    fn reads_only_replays(&self) -> bool {
+        false
+    }
+
     /// Takes a record of one of its tables (a rule). Tables are read to their end before any input.
     fn table(&mut self, input: &Input<'_>) -> Settled {
         let _ = input;

@@ -165,6 +165,11 @@ metrics! {
     MqttConnectionsPaused Gauge, "mqtt_connections_paused" as "mqtt_connections_paused", "{connection}", ["listener"],
         "Connections that are not read because a bound was reached.";
 
+    MqttResentTotal Counter, "mqtt_resent_total" as "mqtt_resent_total", "{message}", ["listener"],
+        "Publishes that a client sent again after it reconnected to its session.";
+    MqttSessionEventsLostTotal Counter, "mqtt_session_events_lost_total" as "mqtt_session_events_lost_total",
+        "{event}", [], "Session events and wills that could not be written within their bound.";
+
     // OpenTelemetry's messaging conventions.
     MessagingProcessDuration Histogram(WORK), "messaging_process_duration_seconds" as "messaging.process.duration", "s",
         ["messaging_operation_name", "messaging_destination_name", "messaging_consumer_group_name"],
