@@ -334,16 +334,8 @@ impl Rule {
         format!("{}@{}", self.id, self.version)
     }
 
-    pub(super) fn now(&self) -> impl Iterator<Item = u32> {
-        self.expressions().flat_map(|e| e.now.iter().copied())
-    }
-
     pub(super) fn before(&self) -> impl Iterator<Item = u32> {
         self.expressions().flat_map(|e| e.before.iter().copied())
-    }
-
-    pub(super) fn needs_a_measurement(&self) -> bool {
-        self.expressions().all(|e| e.root.needs_a_measurement())
     }
 
     fn expressions(&self) -> impl Iterator<Item = &Expression> {

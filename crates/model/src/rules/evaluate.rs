@@ -98,8 +98,9 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
-    /// Holds a message against every rule of `rules` that it touches, and returns what they do, rules in
-    /// the order in which its measurements mention them. Changes nothing: the caller carries the steps
+    /// Holds a message against every rule of `rules` that it touches, and returns what they do: first the
+    /// rules that are active, in the order of their ids, then the others in the order in which its
+    /// measurements mention them. Changes nothing: the caller carries the steps
     /// out. Rules whose lateness bound the message exceeds are passed over, see [`Evaluator::passed_over`].
     pub fn evaluate(&mut self, rules: &RuleSet, facts: &Facts<'_>, state: &DeviceRules) -> &[Step] {
         self.steps.clear();
@@ -126,8 +127,18 @@ impl Evaluator {
                 hold_against(rules, rule, &view, state, &mut self.steps, &mut self.late);
             }
         };
+        for active in &state.active {
+            rules.index_of(&active.rule).into_iter().for_each(&mut hold);
+        }
         rules.always().iter().copied().for_each(&mut hold);
         for slot in &self.touched_now {
+            if let Some(number) = view.number(Operand::Now(*slot)) {
+                for screen in rules.screened(*slot) {
+                    if facts.age > screen.lateness_us || screen.compare.admits(number, screen.limit) {
+                        hold(screen.rule);
+                    }
+                }
+            }
             rules.reading(*slot).iter().copied().for_each(&mut hold);
         }
         for slot in self.touched_now.drain(..) {

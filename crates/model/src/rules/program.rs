@@ -44,6 +44,11 @@ pub(super) enum Compare {
 }
 
 impl Compare {
+    /// Says whether two numbers compare so; what is unknown does not.
+    pub(super) fn admits(self, number: f64, limit: f64) -> bool {
+        self.holds(number.partial_cmp(&limit)) == Some(true)
+    }
+
     /// Says whether the comparison holds. Values without an order (NaN) are unequal, and which is less
     /// is unknown.
     fn holds(self, order: Option<Ordering>) -> Option<bool> {
@@ -189,6 +194,15 @@ impl Flag {
             Self::StartsWith(parts) => Some(parts.0.eval(view)?.starts_with(parts.1.eval(view)?)),
             Self::EndsWith(parts) => Some(parts.0.eval(view)?.ends_with(parts.1.eval(view)?)),
             Self::Contains(parts) => Some(parts.0.eval(view)?.contains(parts.1.eval(view)?)),
+        }
+    }
+
+    /// Returns a comparison of this message without which the condition cannot hold, where it has one.
+    pub(super) fn screen(&self) -> Option<(u32, Compare, f64)> {
+        match self {
+            Self::Threshold(slot, compare, limit) => Some((*slot, *compare, *limit)),
+            Self::All(flags) => flags.iter().find_map(Self::screen),
+            _ => None,
         }
     }
 

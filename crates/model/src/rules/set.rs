@@ -2,6 +2,7 @@
 
 use super::definition::{Rule, RuleDefinition};
 use super::expression::Names;
+use super::program::Compare;
 use crate::strict_toml::FileError;
 use hashbrown::HashMap;
 use std::collections::BTreeMap;
@@ -14,12 +15,24 @@ pub struct RuleSet {
     by_id: BTreeMap<Box<str>, Rule>,
     rules: Vec<Rule>,
     indices: HashMap<Box<str>, u32, foldhash::fast::RandomState>,
-    /// Slot to the rules that read it.
+    /// Slot to the rules that cannot begin to hold without a comparison of it, which screens them: most
+    /// rules are idle for most messages, and a glance at a few bytes says so.
+    screened: Vec<Vec<Screen>>,
+    /// Slot to the other rules that read it.
     readers: Vec<Vec<u32>>,
-    /// Rules that may hold for a message without any of their measurements.
+    /// Rules that may begin to hold for a message without any of their measurements.
     always: Vec<u32>,
     /// Slot to whether a rule asks for its value before.
     remembered: Vec<bool>,
+}
+
+/// What an idle rule needs at least.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Screen {
+    pub(super) rule: u32,
+    pub(super) compare: Compare,
+    pub(super) limit: f64,
+    pub(super) lateness_us: i64,
 }
 
 impl RuleSet {
@@ -48,6 +61,7 @@ impl RuleSet {
     pub fn index(&mut self) {
         self.rules = self.by_id.values().cloned().collect();
         self.indices = self.rules.iter().zip(0..).map(|(rule, i)| (rule.id.clone(), i)).collect();
+        self.screened = vec![Vec::new(); self.names.len()];
         self.readers = vec![Vec::new(); self.names.len()];
         self.remembered = vec![false; self.names.len()];
         self.always.clear();
@@ -55,11 +69,16 @@ impl RuleSet {
             for slot in rule.before() {
                 self.remembered[slot as usize] = true;
             }
-            if !rule.needs_a_measurement() {
+            if let Some((slot, compare, limit)) = rule.when.root.screen() {
+                let screen = Screen { rule: index, compare, limit, lateness_us: rule.lateness_us };
+                self.screened[slot as usize].push(screen);
+                continue;
+            }
+            if !rule.when.root.needs_a_measurement() {
                 self.always.push(index);
                 continue;
             }
-            for slot in rule.now() {
+            for slot in rule.when.now.iter().copied() {
                 let readers = &mut self.readers[slot as usize];
                 if readers.last() != Some(&index) {
                     readers.push(index);
@@ -70,7 +89,7 @@ impl RuleSet {
 
     /// Returns the rule in force under `id`.
     pub fn get(&self, id: &str) -> Option<&Rule> {
-        self.indices.get(id).map(|i| self.at(*i))
+        self.index_of(id).map(|i| self.at(i))
     }
 
     /// Returns the rule at `index`, which an evaluation of this set gave.
@@ -98,6 +117,14 @@ impl RuleSet {
 
     pub(super) fn names(&self) -> &Names {
         &self.names
+    }
+
+    pub(super) fn index_of(&self, id: &str) -> Option<u32> {
+        self.indices.get(id).copied()
+    }
+
+    pub(super) fn screened(&self, slot: u32) -> &[Screen] {
+        self.screened.get(slot as usize).map_or(&[], Vec::as_slice)
     }
 
     pub(super) fn always(&self) -> &[u32] {

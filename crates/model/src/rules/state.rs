@@ -118,8 +118,7 @@ pub struct Cause {
 impl DeviceRules {
     /// Returns what is active under a rule's id.
     pub fn active_of(&self, rule: &str) -> Option<&Active> {
-        // A device has a handful of active rules at most times, so that a search is cheap.
-        self.active.iter().find(|a| a.rule == rule)
+        self.active.binary_search_by(|a| a.rule.as_str().cmp(rule)).ok().map(|at| &self.active[at])
     }
 
     /// Puts an active rule in its place, instead of one of the same id.
@@ -132,7 +131,7 @@ impl DeviceRules {
 
     /// Takes out what is active under a rule's id.
     pub fn deactivate(&mut self, rule: &str) -> Option<Active> {
-        let at = self.active.iter().position(|a| a.rule == rule)?;
+        let at = self.active.binary_search_by(|a| a.rule.as_str().cmp(rule)).ok()?;
         Some(self.active.remove(at))
     }
 

@@ -277,6 +277,9 @@ fn a_message_touches_only_rules_that_it_could_decide() {
         ("d", "z > 1 || device.site == 'site-1'"),
         ("e", "z > 1"),
         ("f", "previous.z > 1"),
+        ("g", "mode == 'auto' && (x > 1 || y > 5)"),
+        ("h", "has(x) && x > 5"),
+        ("i", "2 > y || z > 1"),
     ] {
         rules.put("t", &rule_text(id, when), 1).expect(when);
     }
