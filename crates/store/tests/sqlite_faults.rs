@@ -49,7 +49,13 @@ fn what_cannot_be_opened_says_whose_fault_it_is() {
     let missing = "sqlite:///nonexistent-directory/of/this/test.db";
     let failure = SqlStore::open(missing, options()).err().map(|e| e.to_string()).unwrap_or_default();
     assert!(failure.contains("nonexistent-directory") && failure.contains("code 14"), "{failure}");
-    for url in ["mysql://user:secret@host/db", "postgres://user:secret@host:port/db", ""] {
+    let urls = [
+        "mysql://user:secret@host/db",
+        "postgres://user:secret@host:port/db",
+        "postgres://user:secret@host/db?sslmode=require",
+        "",
+    ];
+    for url in urls {
         match SqlStore::open(url, options()) {
             Err(Failure::Stop { code, message }) => {
                 assert_eq!(code, "TL-STORE-001", "{url}");

@@ -8,7 +8,7 @@ use crate::read::{self, OffsetTuple, SessionTuple, Table, TwinTuple};
 use crate::{Step, StoredOffset, Write, fenced, migrate};
 use copy::{CopyBuffer, CopyRow};
 use partitions::Partitions;
-use sqlx::postgres::PgConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 use std::future::Future;
 use std::str::FromStr;
@@ -99,6 +99,16 @@ impl Postgres {
             code: error::URL,
             message: format!("cannot read the PostgreSQL URL: {e}"),
         })?;
+        // Else every attempt to connect would fail as if the server were away.
+        if matches!(options.get_ssl_mode(), PgSslMode::Require | PgSslMode::VerifyCa | PgSslMode::VerifyFull)
+        {
+            return Err(Failure::Stop {
+                code: error::URL,
+                message: "the PostgreSQL URL asks for TLS, which this program is built without; use \
+                          sslmode=disable over a private network or a TLS tunnel"
+                    .to_owned(),
+            });
+        }
         let mut store = Self {
             options: options.application_name("throughline").disable_statement_logging(),
             call_timeout,
