@@ -201,7 +201,68 @@ impl Effects {
     }
 }
 
-/// Returns the `traceparent` header of a record.
+/// Returns the `traceparent` header of a record, or `None` where its trace id is not one.
 pub fn traceparent(envelope: &EnvelopeRef<'_>) -> Option<String> {
-    envelope.trace().map(|t| t.traceparent(envelope.message_uuid()))
+    // Once a record on the hot path: ids in their usual form are copied rather than parsed and printed.
+    copied_traceparent(envelope.trace_id, envelope.message_id)
+        .or_else(|| envelope.trace().map(|t| t.traceparent(envelope.message_uuid())))
+}
+
+/// Puts together the header of [`crate::ids::TraceId::traceparent`] from the ids' texts, where both are in
+/// lower-case hexadecimal and the span is not zero.
+fn copied_traceparent(trace_id: &str, message_id: &str) -> Option<String> {
+    let is_hex = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let is_zero = |text: &str| text.bytes().all(|b| b == b'0');
+    // The last 8 bytes of a UUID's 36 characters: `xxxxxxxx-xxxx-xxxx-SSSS-SSSSSSSSSSSS`.
+    let (head, tail) = (message_id.get(19..23)?, message_id.get(24..36)?);
+    let usual = trace_id.len() == 32
+        && message_id.len() == 36
+        && [8, 13, 18, 23].iter().all(|at| message_id.as_bytes()[*at] == b'-')
+        && [trace_id, &message_id[..8], &message_id[9..13], &message_id[14..18], head, tail]
+            .into_iter()
+            .all(is_hex)
+        && !is_zero(trace_id)
+        && !(is_zero(head) && is_zero(tail));
+    if !usual {
+        return None;
+    }
+    let mut header = String::with_capacity(55);
+    for part in ["00-", trace_id, "-", head, tail, "-01"] {
+        header.push_str(part);
+    }
+    Some(header)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::envelope::DeviceMessage;
+
+    #[test]
+    fn a_copied_traceparent_equals_the_printed_one() {
+        let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+        let id = "0193f2a4-7c1e-8000-90ab-0123456789ab";
+        for (trace_id, message_id, is_copied) in [
+            (trace, id, true),
+            (trace, "0193f2a4-7c1e-8000-0000-000000000000", false),
+            (trace, "0193F2A4-7C1E-8000-90AB-0123456789AB", false),
+            (trace, "0193f2a4x7c1e-8000-90ab-0123456789ab", false),
+            (trace, "42", false),
+            (trace, "", false),
+            ("00000000000000000000000000000000", id, false),
+            ("4BF92F3577B34DA6A3CE929D0E0E4736", id, false),
+            ("", id, false),
+        ] {
+            let message = DeviceMessage {
+                trace_id: trace_id.into(),
+                message_id: message_id.into(),
+                ..DeviceMessage::default()
+            };
+            let envelope = message.envelope();
+            let printed = envelope.trace().map(|t| t.traceparent(envelope.message_uuid()));
+            assert_eq!(traceparent(&envelope), printed, "{trace_id} {message_id}");
+            let copied = copied_traceparent(trace_id, message_id);
+            assert_eq!(copied.is_some(), is_copied, "{trace_id} {message_id}");
+        }
+    }
 }

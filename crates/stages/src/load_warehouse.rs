@@ -102,7 +102,7 @@ fn alert(input: &Input<'_>, rows: &mut Rows) -> Result<Settled, Settled> {
         .and_then(|()| check_text("alert_id", &alert.alert_id, ID_BYTES_MAX))
         .and_then(|()| check_text("rule_id", &alert.rule_id, ID_BYTES_MAX))
         .and_then(|()| check_text("severity", &alert.severity, ID_BYTES_MAX))
-        .and_then(|()| check_text("state", &alert.state, ID_BYTES_MAX))
+        .and_then(|()| check_state(&alert))
         .and_then(|()| check_text("summary", &alert.summary, TEXT_BYTES_MAX))
         .map_err(|fault| refused(input, "alert", fault))?;
     rows.alerts.push(AlertRow {
@@ -157,6 +157,18 @@ fn check_envelope(envelope: &EnvelopeRef<'_>) -> Result<(), Fault> {
     check_text("site_id", envelope.site_id, ID_BYTES_MAX)?;
     check_text("device_id", envelope.device_id, ID_BYTES_MAX)?;
     check_text("stream", envelope.stream, ID_BYTES_MAX)
+}
+
+/// Stores hold an alert as raised, or as cleared with the time when.
+fn check_state(alert: &Alert) -> Result<(), Fault> {
+    match (alert.state.as_str(), alert.cleared_at) {
+        ("raised", None) | ("cleared", Some(_)) => Ok(()),
+        (state, cleared_at) => {
+            let state: String = state.chars().filter(|c| !c.is_control()).take(64).collect();
+            let with = if cleared_at.is_some() { "with" } else { "without" };
+            Err(("alert_state_invalid", format!("its state is `{state}` {with} a time of clearing")))
+        }
+    }
 }
 
 fn check_text(field: &str, text: &str, bytes_max: usize) -> Result<(), Fault> {

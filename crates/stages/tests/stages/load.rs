@@ -107,8 +107,20 @@ fn what_a_store_could_not_hold_is_dead_lettered_without_rows() {
         spoil(&mut reading);
         records.push((code, fed(&codec, DATA_CORE_READING_V1, KEY, &reading)));
     }
-    let alert = Alert { message_id: ID.into(), trace_id: trace(), summary: "\0".into(), ..Alert::default() };
-    records.push(("nul_in_text", fed(&codec, SERVICE_PLATFORM_ALERT_V1, KEY, &alert)));
+    for (code, state, summary) in [
+        ("nul_in_text", "raised", "\0"),
+        ("alert_state_invalid", "cleared", ""),
+        ("alert_state_invalid", "paused", ""),
+    ] {
+        let alert = Alert {
+            message_id: ID.into(),
+            trace_id: trace(),
+            state: state.into(),
+            summary: summary.into(),
+            ..Alert::default()
+        };
+        records.push((code, fed(&codec, SERVICE_PLATFORM_ALERT_V1, KEY, &alert)));
+    }
     let client_id = "x".repeat(70_000);
     let session = Session { message_id: ID.into(), trace_id: trace(), client_id, ..Session::default() };
     records.push(("text_too_long", fed(&codec, DEVICE_SESSION_V1, KEY, &session)));
