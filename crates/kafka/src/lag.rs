@@ -9,8 +9,8 @@ use crate::message::{list, time_of};
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
-use rdkafka::message::Message;
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use throughline_model::record::TopicPartition;
 use throughline_model::time::Timestamp;
@@ -18,6 +18,8 @@ use throughline_runtime::ports::Failure;
 
 /// How long one snapshot may spend reading the times of records; what is not known then is known next time.
 const READING_TIME: Duration = Duration::from_secs(2);
+/// The pause between two looks at what came.
+const LOOK: Duration = Duration::from_millis(10);
 /// Positions whose time is read in one snapshot, at one fetch each.
 const READS_MAX: usize = 256;
 
@@ -46,6 +48,8 @@ pub struct GroupLag {
     /// Positions between the committed offset and the end, control records included, as Kafka's own tools
     /// count.
     pub lag: i64,
+    /// Whether no committed record lies ahead: what is left are control records at most.
+    pub caught_up: bool,
     /// The time of the first record that was not processed; `None` where there is none or it is not known
     /// yet.
     pub first_unprocessed: Option<Timestamp>,
@@ -57,7 +61,7 @@ impl GroupLag {
     pub fn seconds(&self, now: Timestamp) -> Option<f64> {
         match self.first_unprocessed {
             Some(time) => Some(((now.0 - time.0).max(0) as f64) / 1e6),
-            None if self.lag == 0 => Some(0.0),
+            None if self.caught_up => Some(0.0),
             None => None,
         }
     }
@@ -84,7 +88,7 @@ enum Known {
 /// Takes snapshots; keeps the times of positions, so that a group that stands still costs nothing.
 pub struct LagProbe {
     admin: Admin,
-    reader: BaseConsumer<Logging>,
+    reader: Arc<BaseConsumer<Logging>>,
     known: HashMap<(TopicPartition, i64), Known>,
 }
 
@@ -99,10 +103,11 @@ impl LagProbe {
             .set("auto.offset.reset", "earliest")
             // One record a partition is wanted: fetch little.
             .set("max.partition.fetch.bytes", "16384")
-            .set("queued.min.messages", "1");
-        let reader =
+            .set("queued.min.messages", "1")
+            .set("queued.max.messages.kbytes", "64");
+        let reader: BaseConsumer<Logging> =
             BaseConsumer::from_config_and_context(&client, Logging).map_err(|e| refused_config(&e))?;
-        Ok(Self { admin: Admin::new(config)?, reader, known: HashMap::new() })
+        Ok(Self { admin: Admin::new(config)?, reader: Arc::new(reader), known: HashMap::new() })
     }
 
     /// Returns where all groups are. Takes at most about 2 s beyond the requests themselves.
@@ -132,14 +137,17 @@ impl LagProbe {
                     partition: offset.partition.clone(),
                     next: offset.next,
                     lag: (end - offset.next).max(0),
+                    caught_up: *end <= offset.next,
                     first_unprocessed: None,
                 });
             }
         }
         self.find_times(&groups, &latest)?;
-        for row in &mut groups {
-            if let Some(Known::Time(time)) = self.known.get(&(row.partition.clone(), row.next)) {
-                row.first_unprocessed = Some(*time).filter(|_| row.lag > 0);
+        for row in groups.iter_mut().filter(|row| !row.caught_up) {
+            match self.known.get(&(row.partition.clone(), row.next)) {
+                Some(Known::Time(time)) => row.first_unprocessed = Some(*time),
+                Some(Known::NothingBefore(end)) => row.caught_up = latest.get(&row.partition) <= Some(end),
+                None => {}
             }
         }
         let ends = |p: TopicPartition| {
@@ -184,35 +192,42 @@ impl LagProbe {
 
     fn read_round(
         &mut self,
-        mut round: HashMap<TopicPartition, i64>,
+        round: HashMap<TopicPartition, i64>,
         latest: &HashMap<TopicPartition, i64>,
         deadline: Instant,
     ) -> Result<(), Failure> {
         let what = "cannot read the first unprocessed records";
+        // A queue each: the event of a partition's end names no topic. Split off before they are assigned.
+        let queue = |p: &TopicPartition| self.reader.split_partition_queue(&p.topic, p.partition);
+        let mut waiting: Vec<_> =
+            round.iter().filter_map(|(p, next)| Some((p.clone(), *next, queue(p)?))).collect();
         let assigned = self.reader.assign(&list(round.iter().map(|(p, next)| (p, *next))));
         assigned.map_err(|e| failure(what, &e))?;
-        while !round.is_empty() && Instant::now() < deadline {
-            match self.reader.poll(Duration::from_millis(50)) {
-                None => {}
+        let known = &mut self.known;
+        while !waiting.is_empty() && Instant::now() < deadline {
+            // Serves errors and log lines, and is the pause between two looks.
+            if let Some(Err(error)) = self.reader.poll(LOOK) {
+                tracing::debug!("{what}: {error}");
+            }
+            waiting.retain(|(partition, next, queue)| match queue.poll(Duration::ZERO) {
+                None => true,
                 Some(Ok(message)) => {
-                    let partition = TopicPartition::new(message.topic(), message.partition());
-                    if let Some(next) = round.remove(&partition) {
-                        self.known.insert((partition, next), Known::Time(time_of(&message)));
-                    }
+                    known.insert((partition.clone(), *next), Known::Time(time_of(&message)));
+                    false
                 }
-                // The event names no topic: it counts for the only candidate, if there is one.
-                Some(Err(KafkaError::PartitionEOF(number))) => {
-                    let mut same = round.keys().filter(|p| p.partition == number);
-                    if let (Some(partition), None) = (same.next().cloned(), same.next()) {
-                        let next = round.remove(&partition).expect("found above");
-                        let end = latest.get(&partition).copied().unwrap_or(next);
-                        self.known.insert((partition, next), Known::NothingBefore(end));
-                    }
+                Some(Err(KafkaError::PartitionEOF(_))) => {
+                    let end = latest.get(partition).copied().unwrap_or(*next);
+                    known.insert((partition.clone(), *next), Known::NothingBefore(end));
+                    false
                 }
                 // librdkafka goes on trying; the deadline bounds it.
-                Some(Err(error)) => tracing::debug!("{what}: {error}"),
-            }
+                Some(Err(error)) => {
+                    tracing::debug!(%partition, "{what}: {error}");
+                    true
+                }
+            });
         }
+        drop(waiting);
         let none = rdkafka::topic_partition_list::TopicPartitionList::new();
         self.reader.assign(&none).map_err(|e| failure(what, &e))
     }

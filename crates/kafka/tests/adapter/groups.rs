@@ -1,0 +1,142 @@
+//! How partitions change hands and how they are read.
+
+use crate::common::*;
+use std::time::{Duration, Instant};
+use throughline_kafka::{GroupProtocol, KafkaConfig};
+use throughline_model::record::TopicPartition;
+use throughline_runtime::ports::{PipelineEvent, Source};
+
+/// Group protocol, number of topics, and whether a rebalance takes everything away from everybody.
+const PROTOCOLS: [(GroupProtocol, usize, bool); 4] = [
+    (GroupProtocol::Consumer, 1, false),
+    (GroupProtocol::Consumer, 2, false),
+    (GroupProtocol::Classic, 1, false),
+    (GroupProtocol::Classic, 2, true),
+];
+
+#[test]
+fn a_partition_changes_hands_only_after_it_was_released() {
+    for (protocol, topics, eager) in PROTOCOLS {
+        let names: Vec<_> = (0..topics).map(|_| topic("hands", 4, &[])).collect();
+        let names: Vec<&str> = names.iter().map(|n| &**n).collect();
+        let group = unique("hands");
+        let with = |instance: &str| KafkaConfig { group_protocol: protocol, ..config(instance) };
+        let mut first = join(&with("a"), &group, &names);
+        let all = offered(&mut first, 4 * topics);
+        start_committed(&mut first, &all);
+        let mut second = join(&with("b"), &group, &names);
+        // Both poll; the first keeps what it was asked for long enough for the second to take it too early.
+        let mut asked: Vec<TopicPartition> = Vec::new();
+        let (mut got, mut kept_since) = (Vec::new(), None);
+        let deadline = Instant::now() + DEADLINE;
+        while kept_since.is_some() || got.len() < 2 * topics {
+            assert!(
+                Instant::now() < deadline,
+                "{protocol:?}/{topics}: no swap, asked {asked:?}, got {got:?}"
+            );
+            match first.poll(Duration::from_millis(20)) {
+                PipelineEvent::Revoking(list) => {
+                    asked.extend(list);
+                    kept_since.get_or_insert_with(Instant::now);
+                }
+                PipelineEvent::Lost(lost) => panic!("{protocol:?}: lost {lost:?}"),
+                _ => {}
+            }
+            if let PipelineEvent::Offered(list) = second.poll(Duration::from_millis(20)) {
+                assert!(kept_since.is_none(), "{protocol:?}: offered {list:?} before the release");
+                got.extend(list);
+            }
+            if kept_since.is_some_and(|since: Instant| since.elapsed() > Duration::from_millis(1_500)) {
+                // In two parts: the first alone must not end the round.
+                first.release(&asked[..1]);
+                first.release(&asked[1..]);
+                kept_since = None;
+            }
+        }
+        let expected = if eager { 4 * topics } else { 2 * topics };
+        assert_eq!(asked.len(), expected, "{protocol:?}/{topics}: {asked:?}");
+        // Partition p of every topic has one owner.
+        for p in &got {
+            assert_eq!(got.iter().filter(|q| q.partition == p.partition).count(), topics, "{got:?}");
+        }
+        // What the second leaves, the first is offered again.
+        drop(second);
+        let back = offered(&mut first, if eager { 4 * topics } else { 2 * topics });
+        assert!(got.iter().all(|p| back.contains(p)), "{back:?}");
+        assert!(first.leave(DEADLINE), "leaves in order");
+    }
+}
+
+#[test]
+fn an_offered_partition_delivers_nothing_until_it_is_started_where_it_is_told() {
+    for (protocol, topics, _) in PROTOCOLS {
+        let name = topic("start", 1, &[]);
+        let other = topic("start_other", 1, &[]);
+        fill(&name, 0, 0, 250);
+        let config = KafkaConfig { group_protocol: protocol, ..config("a") };
+        let names: Vec<&str> = [&*name, &*other].into_iter().take(topics).collect();
+        let mut source = join(&config, &unique("start"), &names);
+        offered(&mut source, topics);
+        let quiet = Instant::now() + Duration::from_millis(700);
+        while Instant::now() < quiet {
+            let event = source.poll(Duration::from_millis(50));
+            assert!(matches!(event, PipelineEvent::Idle), "{event:?}");
+        }
+        let partition = TopicPartition::new(&*name, 0);
+        for (from, first) in [(120, 120), (10, 10), (-1, 0), (249, 249)] {
+            source.start(&[(partition.clone(), from)]).expect("starts");
+            let batch = records(&mut source);
+            assert_eq!(batch.get(0).offset, first, "{protocol:?}/{topics}: started at {from}");
+            assert!(batch.len() <= 100, "a batch is bounded");
+        }
+        event(&mut source, "the end", |e| {
+            matches!(e, PipelineEvent::CaughtUp(p) if p == partition).then_some(())
+        });
+        // Paused it is silent, resumed it goes on where it was.
+        source.pause(std::slice::from_ref(&partition), true);
+        fill(&name, 0, 250, 5);
+        let quiet = Instant::now() + Duration::from_millis(500);
+        while Instant::now() < quiet {
+            let event = source.poll(Duration::from_millis(50));
+            assert!(!matches!(event, PipelineEvent::Records(_)), "{event:?}");
+        }
+        source.pause(std::slice::from_ref(&partition), false);
+        assert_eq!(records(&mut source).get(0).offset, 250);
+    }
+}
+
+#[test]
+fn what_retention_deleted_before_it_was_read_is_overtaken_and_reading_goes_on() {
+    use rdkafka::admin::{AdminClient, AdminOptions};
+    use rdkafka::client::DefaultClientContext;
+    for (protocol, topics, _) in PROTOCOLS {
+        let name = topic("overtaken", 1, &[]);
+        let other = topic("overtaken_other", 1, &[]);
+        fill(&name, 0, 0, 20);
+        let mut client = rdkafka::ClientConfig::new();
+        client.set("bootstrap.servers", broker().bootstrap());
+        let admin: AdminClient<DefaultClientContext> = client.create().expect("a client");
+        let mut upto = rdkafka::TopicPartitionList::new();
+        upto.add_partition_offset(&name, 0, rdkafka::Offset::Offset(12)).expect("an offset");
+        futures::executor::block_on(admin.delete_records(&upto, &AdminOptions::new())).expect("deleted");
+        let config = KafkaConfig { group_protocol: protocol, ..config("a") };
+        let names: Vec<&str> = [&*name, &*other].into_iter().take(topics).collect();
+        let mut source = join(&config, &unique("overtaken"), &names);
+        let partitions = offered(&mut source, topics);
+        let starts: Vec<_> = partitions.iter().map(|p| (p.clone(), 0)).collect();
+        source.start(&starts).expect("starts");
+        let (from, to) = event(&mut source, "the news", |e| match e {
+            PipelineEvent::Overtaken { partition, from, to } if *partition.topic == *name => Some((from, to)),
+            PipelineEvent::Records(batch) => panic!("records before the news: {batch:?}"),
+            _ => None,
+        });
+        assert_eq!((from, to), (0, 12), "{protocol:?}/{topics}");
+        let batch = records(&mut source);
+        assert_eq!((batch.get(0).offset, batch.len()), (12, 8), "{protocol:?}/{topics}");
+        // It still hears of what comes, and can be sought again.
+        fill(&name, 0, 20, 1);
+        assert_eq!(records(&mut source).get(0).offset, 20);
+        source.start(&[(TopicPartition::new(&*name, 0), 15)]).expect("starts again");
+        assert_eq!(records(&mut source).get(0).offset, 15);
+    }
+}

@@ -1,0 +1,78 @@
+//! The bridge's producer.
+
+use crate::common::*;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use throughline_kafka::browse::{Begin, Stop, browse};
+use throughline_kafka::{IngressConfig, IngressProducer};
+use throughline_model::ids::partition_of;
+use throughline_model::record::{Headers, Outgoing};
+use throughline_runtime::ports::{Ingress, Refused};
+
+const KEYS: usize = 300;
+
+fn key(i: usize) -> String {
+    format!("site-{}/gerät-{i}", i % 3)
+}
+
+/// Returns the partition that each key was found in.
+fn places(topic: &str) -> BTreeMap<String, i32> {
+    let mut places = BTreeMap::new();
+    let stop = Stop::AtEnd { within: DEADLINE };
+    browse(&config("browser"), topic, &[], Begin::Earliest, stop, &mut |batch| {
+        for record in batch.iter() {
+            places.insert(record.key_str().unwrap_or_default().to_owned(), batch.source.partition);
+        }
+        ControlFlow::Continue(())
+    })
+    .expect("reads");
+    places
+}
+
+#[test]
+fn ingress_reports_each_token_once_and_partitions_as_java_does() {
+    let (ours, javas) = (topic("ours", 7, &[]), topic("javas", 7, &[("max.message.bytes", "2000")]));
+    let reported: Arc<Mutex<BTreeMap<u64, Vec<bool>>>> = Arc::default();
+    let book = Arc::clone(&reported);
+    let ingress = IngressProducer::start(&config("bridge"), &IngressConfig::default(), move |token, ok| {
+        book.lock().unwrap().entry(token).or_default().push(ok);
+    })
+    .expect("starts");
+    let send = |topic: &str, key: &[u8], value: &[u8], token| {
+        let (key, value, headers) = (Some(key), Some(value), Headers::default());
+        ingress.send(Outgoing { topic, partition: None, key, value, headers }, token)
+    };
+    for i in 0..KEYS {
+        send(&ours, key(i).as_bytes(), b"v", i as u64).expect("taken");
+    }
+    // The broker refuses this one, incompressible as it is: it is reported as failed, not silently dropped.
+    let noise: Vec<u8> = (0..100_000_u32)
+        .flat_map(|i| i.wrapping_mul(2_654_435_761).rotate_left(i % 31).to_le_bytes())
+        .collect();
+    send(&javas, b"k", &noise, u64::MAX).expect("taken");
+    // The client refuses this one, larger than any broker takes by default.
+    assert!(matches!(send(&javas, b"k", &vec![0; 3 << 20], 7_777_777), Err(Refused::Broken(_))));
+    wait_for("all reports", || (reported.lock().unwrap().len() == KEYS + 1).then_some(()));
+    assert_eq!(ingress.in_flight(), 0);
+    let expected: BTreeMap<_, _> =
+        (0..KEYS as u64).map(|t| (t, vec![true])).chain([(u64::MAX, vec![false])]).collect();
+    assert_eq!(*reported.lock().unwrap(), expected);
+    // The same keys through Kafka's own producer.
+    let mut tool = broker().tool("org.apache.kafka.tools.ConsoleProducer").expect("Java");
+    tool.args(["--bootstrap-server", &broker().bootstrap(), "--topic", &javas]);
+    tool.args(["--reader-property", "parse.key=true", "--reader-property", "key.separator=;"]);
+    tool.env("LC_ALL", "C.UTF-8").stdin(Stdio::piped()).stdout(Stdio::null());
+    let mut java = tool.spawn().expect("runs");
+    let mut stdin = java.stdin.take().expect("piped");
+    for i in 0..KEYS {
+        writeln!(stdin, "{};v", key(i)).expect("written");
+    }
+    drop(stdin);
+    assert!(java.wait().expect("ends").success());
+    let expected: BTreeMap<_, _> = (0..KEYS).map(|i| (key(i), partition_of(key(i).as_bytes(), 7))).collect();
+    assert_eq!(places(&ours), expected);
+    assert_eq!(places(&javas), expected);
+}

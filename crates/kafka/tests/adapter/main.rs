@@ -1,0 +1,9 @@
+//! The adapter against a real Kafka; all tests share one broker, but for the outage's.
+
+mod common;
+mod groups;
+mod ingress;
+mod operators;
+mod outage;
+mod tables;
+mod transactions;

@@ -1,0 +1,85 @@
+//! Tables are read to the end they had.
+
+use crate::common::*;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use throughline_kafka::browse::end_offsets;
+use throughline_kafka::{GroupSource, TopicReader, TransactionalProducer};
+use throughline_model::record::{Batch, Outbox, TopicPartition};
+use throughline_runtime::ports::{Failure, PipelineEvent, Source, TableReader, Transactions};
+
+#[test]
+fn a_table_is_read_to_the_end_it_had_and_open_transactions_are_awaited() {
+    let table = topic("table", 2, &[("cleanup.policy", "compact")]);
+    let config = config("one");
+    let source = join(&config, &unique("nobody"), &[&table]);
+    let push = |value: &str| {
+        let mut outbox = Outbox::default();
+        outbox.push(&table, Some(0), Some(b"k"), Some(value.as_bytes()), [("h", b"1".as_slice())]);
+        outbox
+    };
+    let text = |batch: &Batch| -> Vec<String> {
+        batch.iter().map(|r| String::from_utf8_lossy(r.value.unwrap()).into_owned()).collect()
+    };
+    let written = |count| end_offsets(&config, &table).ok().filter(|ends| ends[0].1 >= count).map(drop);
+    let mut writer = TransactionalProducer::new(&config, &unique("writer"), source.membership());
+    writer.send(&push("committed")).expect("sends");
+    writer.commit(&[]).expect("commits");
+    // An abort leaves nothing but control records at the end.
+    writer.send(&push("aborted")).expect("sends");
+    wait_for("the record that will be aborted", || written(3));
+    writer.reset().expect("ends the open transaction");
+    let read = |partition| {
+        let mut values = Vec::new();
+        let partition = TopicPartition::new(&*table, partition);
+        let read = TopicReader::new(&config).read_partition(&partition, &mut |b| values.extend(text(b)));
+        read.map(|()| values)
+    };
+    assert_eq!(read(0).expect("reads"), ["committed"]);
+    assert_eq!(read(1).expect("an empty partition"), [""; 0]);
+    writer.send(&push("late")).expect("sends");
+    wait_for("the open transaction's record", || written(5));
+    let done = Mutex::new(false);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            let values = read(0);
+            *done.lock().unwrap() = true;
+            values
+        });
+        let until = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < until {
+            assert!(!*done.lock().unwrap(), "the open transaction was not awaited");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        writer.commit(&[]).expect("commits");
+        assert_eq!(waiting.join().unwrap().expect("reads"), ["committed", "late"]);
+    });
+    // Following: all of it first, then what has come since.
+    let mut reader = TopicReader::new(&config);
+    let seen = Mutex::new(Vec::new());
+    let mut each = |batch: &Batch| seen.lock().unwrap().extend(text(batch));
+    reader.follow(&table, &mut each).expect("follows");
+    assert_eq!(*seen.lock().unwrap(), ["committed", "late"]);
+    writer.send(&push("later")).expect("sends");
+    writer.commit(&[]).expect("commits");
+    wait_for("the follow-up", || {
+        reader.follow(&table, &mut each).expect("follows");
+        (seen.lock().unwrap().last()? == "later").then_some(())
+    });
+}
+
+#[test]
+fn an_unknown_topic_is_a_dependency_that_names_the_remedy_and_is_awaited_by_members() {
+    let missing = unique("missing");
+    let config = config("one");
+    let failed = TopicReader::new(&config).follow(&missing, &mut |_| {}).expect_err("no such topic");
+    assert!(
+        matches!(&failed, Failure::Dependency { message, .. } if message.contains("topics apply")),
+        "{failed}"
+    );
+    let mut source: GroupSource = join(&config, &unique("waits"), &[&missing]);
+    let quiet = Instant::now() + Duration::from_millis(500);
+    while Instant::now() < quiet {
+        assert!(!matches!(source.poll(Duration::from_millis(50)), PipelineEvent::Offered(_)));
+    }
+}
