@@ -83,8 +83,10 @@ impl Catalog {
         let fed = self.topics().filter(|t| !t.spec.feeds.is_empty());
         let mut topics: Vec<DerivedTopic> =
             fed.flat_map(|t| letters(t.spec.name.as_str(), BRIDGE_GROUP, t.spec.partitions)).collect();
-        // A message that no feed took has no input to be co-partitioned with.
-        topics.extend(letters(UNMATCHED, BRIDGE_GROUP, 1));
+        // A message that no feed took may become one of any of them, so it is co-partitioned with them: one
+        // task of the bridge's replays reads the same partition of all.
+        let partitions = self.topics().filter(|t| !t.spec.feeds.is_empty()).map(|t| t.spec.partitions).max();
+        topics.extend(letters(UNMATCHED, BRIDGE_GROUP, partitions.unwrap_or(1)));
         topics
     }
 

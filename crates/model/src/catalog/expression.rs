@@ -2,8 +2,8 @@
 
 use super::filter::Filter;
 use crate::strict_toml::suggestion;
+use cel::Env;
 use cel::common::ast::{EntryExpr, Expr, IdedExpr};
-use cel::parser::Parser;
 
 /// What an expression may name.
 pub const VARIABLES: [&str; 5] = ["payload", "element", "capture", "topic", "login"];
@@ -79,7 +79,7 @@ pub(super) fn check(text: &str, filter: &Filter) -> Result<(), String> {
     if text.len() > EXPRESSION_BYTES_MAX {
         return Err(format!("the expression is longer than {EXPRESSION_BYTES_MAX} bytes"));
     }
-    let tree = Parser::new().max_recursion_depth(DEPTH_MAX).parse(text).map_err(|errors| {
+    let tree = Env::stdlib().parser().max_recursion_depth(DEPTH_MAX).parse(text).map_err(|errors| {
         let first = errors.errors.first();
         let (line, column) = first.map_or((0, 0), |e| e.pos);
         let what = first.map_or("it does not parse", |e| e.msg.as_str());
@@ -199,6 +199,7 @@ mod tests {
             ("type(payload) == string", None),
             ("topic.split('/')[1] + lower(login.user)", None),
             ("payload.exists(e, e == 'x')", None),
+            ("{'name': payload.n, ?'unit': payload.?u}", None),
             (
                 "capture.sit",
                 Some("`capture.sit` does not exist; did you mean `site`? (the filter captures site, device)"),
