@@ -2,7 +2,11 @@
 //! embedded one over a real Kafka, and a real Apicurio.
 
 #![cfg(feature = "managed")]
-#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a failed unwrap is a failed test; downloads are shown"
+)]
 
 use serde_json::{Value, json};
 use throughline_kafka::KafkaConfig;
@@ -150,7 +154,7 @@ fn the_embedded_registry_conforms_and_finds_its_state_again() {
     let (first, second) = conforms(&registry);
 
     let (_, answer) = registry.post(
-        "/compatibility/subjects/one-value/versions/latest?verbose=true",
+        "/compatibility/subjects/one-value/versions/latest?verbose=True",
         &request(&record(&[("a", json!("long")), ("c", json!("string"))])),
     );
     let expected = "readers with the new schema cannot read records of version 2: the field `c` has no default and \

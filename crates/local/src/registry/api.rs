@@ -15,6 +15,7 @@ use axum::routing::{get, post};
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
@@ -112,37 +113,39 @@ async fn register(Shared(api): Shared<Api>, Path(subject): Path<String>, body: B
     }
 }
 
-#[derive(Deserialize)]
-struct Verbosity {
-    #[serde(default)]
-    verbose: bool,
+/// The parameters of a request; those that this registry does not know are left out of account.
+type Parameters = Query<HashMap<String, String>>;
+
+/// Says whether a parameter is set; Java clients write `true`, Python's `True`.
+fn is_set(parameters: &Parameters, name: &str) -> bool {
+    parameters.get(name).is_some_and(|value| value.eq_ignore_ascii_case("true"))
 }
 
 async fn check_all(
     Shared(api): Shared<Api>,
     Path(subject): Path<String>,
-    Query(verbosity): Query<Verbosity>,
+    parameters: Parameters,
     body: Bytes,
 ) -> Answer {
     let schema = schema_request(&body)?.schema;
     let complaints = api.state.read().check(&subject, None, &schema)?;
-    Ok(compatible(&complaints, &verbosity))
+    Ok(compatible(&complaints, is_set(&parameters, "verbose")))
 }
 
 async fn check_one(
     Shared(api): Shared<Api>,
     Path((subject, version)): Path<(String, String)>,
-    Query(verbosity): Query<Verbosity>,
+    parameters: Parameters,
     body: Bytes,
 ) -> Answer {
     let schema = schema_request(&body)?.schema;
     let complaints = api.state.read().check(&subject, Some(&version), &schema)?;
-    Ok(compatible(&complaints, &verbosity))
+    Ok(compatible(&complaints, is_set(&parameters, "verbose")))
 }
 
-fn compatible(complaints: &[String], verbosity: &Verbosity) -> Response {
+fn compatible(complaints: &[String], verbose: bool) -> Response {
     let mut value = json!({ "is_compatible": complaints.is_empty() });
-    if verbosity.verbose {
+    if verbose {
         value["messages"] = json!(complaints);
     }
     answer(&value)
@@ -152,21 +155,15 @@ async fn level(Shared(api): Shared<Api>) -> Answer {
     Ok(answer(&json!({ "compatibilityLevel": api.state.read().level() })))
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct LevelQuery {
-    #[serde(default)]
-    default_to_global: bool,
-}
-
 async fn subject_level(
     Shared(api): Shared<Api>,
     Path(subject): Path<String>,
-    Query(query): Query<LevelQuery>,
+    parameters: Parameters,
 ) -> Answer {
     let state = api.state.read();
-    let level =
-        if query.default_to_global { Some(state.level_of(&subject)) } else { state.own_level(&subject) };
+    let own = state.own_level(&subject);
+    let inherited = is_set(&parameters, "defaultToGlobal").then(|| state.level_of(&subject));
+    let level = own.or(inherited);
     let level = level.ok_or_else(|| {
         let message = format!("Subject '{subject}' does not have subject-level compatibility configured");
         ApiError::new(404, 40408, message)
