@@ -540,6 +540,7 @@ fn conversation(bytes: &[u8], cuts: &[usize]) -> (Vec<Option<Vec<u8>>>, usize) {
         let end = answer.is_none();
         answers.push(answer);
         if end {
+            rig.memory.flow();
             return (answers, rig.memory.of(DEVICE_TELEMETRY_V1).len());
         }
     }

@@ -133,7 +133,9 @@ where
     pub fn new(stage: D, ports: DecidePorts<S, T, R, Q>, config: LoopConfig, health: RoleHealth) -> Self {
         let spec = stage.spec().clone();
         let replays = spec.inputs.iter().map(|input| replay_topic(input, spec.group).into());
-        let inputs = spec.inputs.iter().map(|input| Arc::from(*input));
+        // A stage whose inputs hold what it wrote itself reads only their replays.
+        let read = if stage.reads_only_replays() { &[][..] } else { &spec.inputs[..] };
+        let inputs = read.iter().map(|input| Arc::from(*input));
         let backoff = || Backoff::new(config.retry_least, config.retry_most);
         Self {
             topics: inputs.chain(replays).collect(),

@@ -48,7 +48,8 @@ pub fn read_object<'a>(
 ) -> Result<Fields<'a>, Reject> {
     values.clear();
     let mut fields = Fields::default();
-    if json.peek() != Some(b'{') {
+    // A text that has ended is left to the reader, which says so.
+    if json.peek().is_some_and(|byte| byte != b'{') {
         return Err(Reject::new("payload_not_object", format!("{} expected `{{`", at(json))));
     }
     json.token().map_err(Reject::json)?;
@@ -56,7 +57,7 @@ pub fn read_object<'a>(
     while let Some(key) = json.next_key(&mut first).map_err(Reject::json)? {
         match &*key {
             "values" => {
-                if json.peek() != Some(b'{') {
+                if json.peek().is_some_and(|byte| byte != b'{') {
                     return Err(Reject::new("values_not_object", "`values` must be an object".to_owned()));
                 }
                 values.clear();
@@ -160,7 +161,7 @@ mod tests {
             (r#"{"values":{"t":1e999}}"#, "number_out_of_range"),
             (r#"{"values":{"t":1}"#, "payload_not_json"),
             ("21.5", "payload_not_object"),
-            ("", "payload_not_object"),
+            ("", "payload_not_json"),
         ] {
             let mut values = Values::default();
             let read = read_object(&mut Json::new(payload), true, &mut values);
