@@ -10,6 +10,7 @@ use rdkafka::admin::{
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::RDKafkaErrorCode;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::OnceLock;
 use std::time::Duration;
 use throughline_kafka_ffi as ffi;
 use throughline_model::record::TopicPartition;
@@ -82,6 +83,8 @@ pub struct GroupOffsets {
 pub struct Admin {
     client: AdminClient<Logging>,
     bootstrap: String,
+    /// Asked once: librdkafka keeps it too, and rdkafka 0.39 leaks the copy that each call returns.
+    cluster_id: OnceLock<String>,
 }
 
 impl Admin {
@@ -91,16 +94,21 @@ impl Admin {
     /// [`Failure::Stop`] when librdkafka refuses the configuration.
     pub fn new(config: &KafkaConfig) -> Result<Self, Failure> {
         let client = AdminClient::from_config_and_context(&config.client(), Logging);
-        Ok(Self { client: client.map_err(|e| refused_config(&e))?, bootstrap: config.bootstrap.clone() })
+        let client = client.map_err(|e| refused_config(&e))?;
+        Ok(Self { client, bootstrap: config.bootstrap.clone(), cluster_id: OnceLock::new() })
     }
 
-    /// Returns the cluster's id.
+    /// Returns the cluster's id. Says nothing about whether a broker is alive once it is known.
     ///
     /// # Errors
-    /// [`Failure::Dependency`] when no broker answers.
+    /// [`Failure::Dependency`] when no broker answered yet.
     pub fn cluster_id(&self) -> Result<String, Failure> {
+        if let Some(id) = self.cluster_id.get() {
+            return Ok(id.clone());
+        }
         let id = self.client.inner().fetch_cluster_id(REQUEST_TIMEOUT);
-        id.ok_or_else(|| dependency(format!("no Kafka broker answers at {}", self.bootstrap)))
+        let id = id.ok_or_else(|| dependency(format!("no Kafka broker answers at {}", self.bootstrap)))?;
+        Ok(self.cluster_id.get_or_init(|| id).clone())
     }
 
     /// Returns the number of brokers that are alive.

@@ -149,6 +149,20 @@ impl RegistryClient {
         }
     }
 
+    /// Returns the id under which the registry holds exactly this schema for the subject, without registering
+    /// anything; `None` where it does not.
+    ///
+    /// # Errors
+    /// When the registry cannot be asked or refuses the text.
+    pub fn lookup(&self, subject: &str, schema: &str) -> Result<Option<u32>, RegistryError> {
+        let path = format!("/subjects/{}", escape(subject));
+        let what = format!("a look-up for subject `{subject}`");
+        Ok(match self.send::<Id>("POST", &path, &what, &avro(schema))? {
+            Answer::Found(found) => Some(found.id),
+            Answer::Missing(_) => None,
+        })
+    }
+
     /// Says whether a schema may be registered under a subject: `Err` holds the reasons why readers would
     /// break. A subject without versions takes any schema.
     ///

@@ -107,7 +107,6 @@ struct Writer {
     key: String,
     trace: String,
     traceparent: String,
-    device: Option<(String, String)>,
 }
 
 impl Transformer {
@@ -122,7 +121,6 @@ impl Transformer {
             key: String::new(),
             trace: String::new(),
             traceparent: String::new(),
-            device: None,
         };
         Self { router, writer, values: Values::default(), rejected: None }
     }
@@ -136,7 +134,7 @@ impl Transformer {
         replay: Option<&Replay<'_>>,
     ) -> Verdict {
         self.writer.out.clear();
-        self.writer.device = None;
+        self.writer.key.clear();
         if publish.topic.starts_with('$') || is_downward(publish.topic) {
             return Verdict::Forbidden("topic_reserved");
         }
@@ -186,7 +184,8 @@ impl Transformer {
 
     /// Returns site and device of the message accepted last.
     pub fn device(&self) -> Option<(&str, &str)> {
-        self.writer.device.as_ref().map(|(site, device)| (site.as_str(), device.as_str()))
+        // A site has no `/`, so the first one parts the key.
+        self.writer.key.split_once('/')
     }
 
     /// Returns the next random number of this thread.
@@ -391,9 +390,6 @@ impl Writer {
             .map_err(|e| Reject::new(e.code(), e.to_string()))?;
         if outside.is_some() {
             self.locate(feed, publish, reading, id)?;
-        }
-        if self.device.is_none() {
-            self.device = Some((reading.site.to_owned(), reading.device.to_owned()));
         }
         Ok(())
     }

@@ -501,6 +501,73 @@ fn sessions_of_unknown_devices_are_named_after_what_they_publish() {
 }
 
 #[test]
+fn a_topic_alias_stands_for_its_topic() {
+    let rig = Rig::start();
+    let mut client = rig.client(5, "site-1/pump-7");
+    let alias = |topic: &str, id: u8, number: u8| {
+        let body = [text(topic.as_bytes()), vec![0, id, 3, 0x23, 0, number], reading(u64::from(id))].concat();
+        packet(0x32, &body)
+    };
+    client.send(&alias(TOPIC, 1, 5));
+    client.send(&alias("", 2, 5));
+    client.expect_puback(1);
+    client.expect_puback(2);
+    let sent = rig.memory.of(DEVICE_TELEMETRY_V1);
+    assert_eq!(rig.message(&sent[1]).seq, Some(2));
+    client.send(&alias("", 3, 6));
+    client.expect(&[0xe0, 2, 0x94, 0]);
+    client.expect_end();
+}
+
+#[test]
+fn a_delayed_will_is_void_when_its_client_comes_back_in_time() {
+    let rig = Rig::start();
+    // Will Delay Interval 1 s; Session Expiry Interval 60 s.
+    let will = |seq: u64| [vec![5, 0x18, 0, 0, 0, 1], text(TOPIC.as_bytes()), text(&reading(seq))].concat();
+    let join = |id: &str, seq: u64| {
+        let mut raw = rig.raw();
+        raw.send(&connect_with(5, id, 4, 0, &[0x11, 0, 0, 0, 60], &will(seq)));
+        assert_eq!(raw.connack(5).1, 0);
+        raw
+    };
+    drop(join("site-1/back", 1));
+    rig.sessions(2);
+    let mut back = join("site-1/back", 2);
+    drop(join("site-1/gone", 3));
+    let sent = rig.memory.wait_for(DEVICE_TELEMETRY_V1, 1);
+    assert_eq!(rig.message(&sent[0]).seq, Some(3), "the older will was voided");
+    back.ping();
+}
+
+#[test]
+fn what_a_client_sends_again_after_a_reconnect_is_counted() {
+    use throughline_telemetry::{Metric, counter};
+    let rig = Rig::start();
+    rig.memory.hold();
+    let join = || {
+        let mut raw = rig.raw();
+        raw.send(&connect(4, "site-1/resends", 0, 0, &[]));
+        assert_eq!(raw.connack(4).1, 0);
+        raw
+    };
+    let mut first = join();
+    first.send(&publish(4, TOPIC, 7, &reading(7)));
+    rig.memory.wait_for(DEVICE_TELEMETRY_V1, 1);
+    drop(first);
+    rig.sessions(2);
+    let resent = counter(Metric::MqttResentTotal, &[("listener", "mqtt")]);
+    let before = resent.value();
+    let mut second = join();
+    second.send(&publish_flags(4, TOPIC, 7, &reading(7), 8));
+    rig.memory.wait_for(DEVICE_TELEMETRY_V1, 2);
+    second.ping();
+    rig.memory.flow();
+    second.expect_puback(7);
+    assert_eq!(resent.value() - before, 1);
+    second.ping();
+}
+
+#[test]
 fn more_connections_than_the_bound_are_closed_as_they_come() {
     let rig = Rig::with(|l| l.bounds.connections_max = 2);
     let mut first = rig.client(4, "a");

@@ -172,6 +172,13 @@ impl GroupSource {
             KafkaError::MessageConsumption(code) => match code {
                 // The classic protocol's way of saying that a static member was replaced.
                 RDKafkaErrorCode::FencedInstanceId => self.give_up(&format!("fenced: {code}")),
+                // One connection of several; all of them gone is said as such. librdkafka connects again.
+                RDKafkaErrorCode::BrokerTransportFailure
+                | RDKafkaErrorCode::Resolve
+                | RDKafkaErrorCode::OperationTimedOut => {}
+                RDKafkaErrorCode::AllBrokersDown => {
+                    self.trouble(format!("no Kafka broker can be reached at {}", self.config.bootstrap));
+                }
                 // Comes with the loss of the assignment, which says it all.
                 RDKafkaErrorCode::PollExceeded => warn!(group = self.group, "not polled in time"),
                 RDKafkaErrorCode::UnknownTopicOrPartition => self.trouble(format!(

@@ -292,7 +292,9 @@ impl Worker {
             let publish = will_publish(&client.id, client.login.as_deref(), will);
             match transformer.admit(&publish, &client.scope(), None) {
                 Verdict::Accepted => {}
-                Verdict::DeadLettered(code) => self.meters.dead_letter("will", code),
+                Verdict::DeadLettered(code) => {
+                    self.meters.dead_letter(transformer.records().get(0).topic, code);
+                }
                 Verdict::Forbidden(reason) => self.meters.refused(reason),
             }
             for record in transformer.records().iter() {

@@ -1,0 +1,104 @@
+//! The role `bridge`: MQTT in, records out; and the replay of what it could not decode.
+
+use crate::config::Config;
+use crate::context::Context;
+use crate::failure::CliError;
+use crate::roles;
+use serde::Deserialize;
+use std::net::ToSocketAddrs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use throughline_kafka::{IngressConfig, IngressProducer};
+use throughline_model::strict_toml;
+use throughline_mqtt::{
+    Bridge, BridgeConfig, BridgeError, ExternalConfig, Inboxes, ListenerConfig, LoginConfig, ReplayBridge,
+    Router,
+};
+use throughline_telemetry::RoleHealth;
+
+/// How long open publishes may wait for Kafka when the process ends.
+const DRAIN_BUDGET: Duration = Duration::from_secs(10);
+
+/// Runs the bridge and its replays until the process shall end.
+///
+/// # Errors
+/// When the configuration is refused or an address cannot be used.
+pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
+    let config = bridge_config(&context.config)?;
+    let router = Arc::new(Router::compile(&context.catalog).map_err(|e| CliError::usage(e.to_string()))?);
+    let inboxes = Inboxes::new(config.inboxes());
+    let tuning = IngressConfig { linger_ms: context.config.kafka.linger_ms, ..IngressConfig::default() };
+    let deliver = Arc::clone(&inboxes);
+    let ingress =
+        IngressProducer::start(&context.kafka(), &tuning, move |token, ok| deliver.deliver(token, ok))?;
+    let ingress = Arc::new(ingress);
+    let mut running = Bridge::start(
+        &config,
+        Arc::clone(&router),
+        Arc::clone(&context.codec),
+        Arc::clone(&ingress) as Arc<dyn throughline_runtime::ports::Ingress>,
+        inboxes,
+        health,
+    )
+    .map_err(refused)?;
+    let replay = ReplayBridge::new(router, Arc::clone(&context.codec), &context.config.instance);
+    let replayed = roles::decide(context, context.health.role("replay_bridge"), replay);
+    running.drain(DRAIN_BUDGET);
+    ingress.drain(DRAIN_BUDGET);
+    replayed
+}
+
+fn refused(error: BridgeError) -> CliError {
+    match error {
+        BridgeError::Config { .. } => CliError::usage(error.to_string()),
+        other => CliError::failed(other.to_string()),
+    }
+}
+
+/// Returns the bridge's own configuration.
+fn bridge_config(config: &Config) -> Result<BridgeConfig, CliError> {
+    let mqtt = &config.mqtt;
+    let listener = match mqtt.listen.as_str() {
+        "" => None,
+        listen => {
+            let mut addresses = listen.to_socket_addrs().map_err(|e| {
+                CliError::usage(format!("`mqtt.listen` is `{listen}`, which is no address: {e}"))
+            })?;
+            let address = addresses
+                .next()
+                .ok_or_else(|| CliError::usage(format!("`mqtt.listen` `{listen}` has no address")))?;
+            Some(ListenerConfig {
+                address,
+                workers: mqtt.workers,
+                anonymous_on_loopback: mqtt.anonymous_on_loopback,
+                logins: mqtt.logins_file.as_deref().map(logins).transpose()?.unwrap_or_default(),
+                bounds: mqtt.bounds.clone(),
+            })
+        }
+    };
+    let external = (!mqtt.external_url.is_empty()).then(|| ExternalConfig {
+        url: mqtt.external_url.clone(),
+        user: mqtt.external_user.clone(),
+        password_file: mqtt.external_password_file.clone(),
+        group: mqtt.external_group.clone(),
+        ..ExternalConfig::default()
+    });
+    Ok(BridgeConfig { instance: config.instance.clone(), listener, external })
+}
+
+/// The file of logins: `[[login]]` tables.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LoginsFile {
+    #[serde(default)]
+    login: Vec<LoginConfig>,
+}
+
+fn logins(path: &Path) -> Result<Vec<LoginConfig>, CliError> {
+    let name = path.display().to_string();
+    let text =
+        std::fs::read_to_string(path).map_err(|e| CliError::usage(format!("cannot read `{name}`: {e}")))?;
+    let file: LoginsFile = strict_toml::parse(&name, &text).map_err(|e| CliError::usage(e.to_string()))?;
+    Ok(file.login)
+}

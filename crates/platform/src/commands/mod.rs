@@ -1,0 +1,15 @@
+//! One module a command; each has `Args` and `run`.
+
+pub mod devices;
+pub mod dlq;
+pub mod doctor;
+pub mod explain;
+pub mod groups;
+pub mod rules;
+pub mod run;
+pub mod simulate;
+pub mod tap;
+pub mod topics;
+pub mod trace;
+pub mod twin;
+pub mod up;

@@ -1,0 +1,271 @@
+//! `throughline trace`: finds a message by the hint in its trace id, follows what was derived from it, and
+//! says for every group whether it is past it or how far behind.
+
+use crate::config::Flags;
+use crate::context::Context;
+use crate::failure::{CliError, Exit};
+use crate::output;
+use crate::records::Reader;
+use serde_json::{Value, json};
+use std::ops::ControlFlow;
+use std::str::FromStr;
+use std::time::Duration;
+use throughline_kafka::browse::{Begin, Stop, browse};
+use throughline_kafka::lag::{GroupLag, LagProbe};
+use throughline_model::envelope::Locator;
+use throughline_model::ids::{DeviceKey, TraceId, partition_of};
+use throughline_model::record::Record;
+use throughline_model::time::Timestamp;
+use throughline_model::topics::SERVICE_PLATFORM_LOCATOR_V1;
+use throughline_runtime::{Clock, WallClock};
+
+/// A device's clock does not matter here, but the admitting bridge's may differ from the broker's by this.
+const SLACK: Duration = Duration::from_secs(60);
+/// How long reading one partition to its end may take.
+const READ_WITHIN: Duration = Duration::from_secs(60);
+
+/// Arguments of `trace`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A trace id (32 hexadecimal digits), or `site/device#seq`
+    what: Subject,
+}
+
+#[derive(Clone)]
+enum Subject {
+    Trace(TraceId),
+    Sequence(DeviceKey, i64),
+}
+
+impl FromStr for Subject {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some((device, seq)) = text.rsplit_once('#') {
+            let device = device.parse().map_err(|e| format!("{e}"))?;
+            let seq = seq.parse().map_err(|_| format!("`{seq}` is no sequence number"))?;
+            return Ok(Self::Sequence(device, seq));
+        }
+        text.parse().map(Self::Trace).map_err(|e| format!("{e}; or write `site/device#seq`"))
+    }
+}
+
+/// A record of the trace.
+struct Hop {
+    topic: String,
+    partition: i32,
+    offset: i64,
+    time: Timestamp,
+    value: Value,
+}
+
+/// Prints the trace.
+///
+/// # Errors
+/// Exit code 1 when nothing is found, 4 when Kafka is away.
+pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
+    let context = Context::new(flags.load()?)?;
+    let mut reader = Reader::new(&context);
+    let (trace, partition_of_key, since) = match &args.what {
+        Subject::Trace(trace) => locate(&context, *trace)?,
+        Subject::Sequence(device, seq) => by_sequence(&context, &mut reader, device, *seq)?,
+    };
+    let mut hops = Vec::new();
+    for topic in context.catalog.topics() {
+        let name = topic.spec.name.as_str();
+        let partition = partition_of_key(topic.spec.partitions);
+        collect(&context, &mut reader, name, partition, since, trace, &mut hops)?;
+    }
+    hops.sort_by_key(|hop| (hop.time, hop.topic.clone(), hop.offset));
+    if hops.is_empty() {
+        return Err(CliError::failed(format!(
+            "no record of trace {trace} since {since}: it never left the device, is a dead letter (`throughline dlq list`), or retention deleted it"
+        )));
+    }
+    let groups = LagProbe::new(&context.kafka())?.snapshot()?.groups;
+    report(flags, trace, &hops, &groups);
+    Ok(Exit::Done)
+}
+
+type PartitionOf = Box<dyn Fn(i32) -> i32>;
+
+/// Returns the trace id, where its key lies and since when: from the hint, or, for an id from outside, from
+/// the locator.
+fn locate(context: &Context, trace: TraceId) -> Result<(TraceId, PartitionOf, Timestamp), CliError> {
+    let outside = trace.to_hex();
+    let partitions = context.catalog.topic(SERVICE_PLATFORM_LOCATOR_V1).map_or(1, |t| t.spec.partitions);
+    let partition = partition_of(outside.as_bytes(), partitions);
+    let mut found: Option<(Locator, Timestamp)> = None;
+    let all = Stop::AtEnd { within: READ_WITHIN };
+    context.bind_schemas()?;
+    browse(
+        &context.kafka(),
+        SERVICE_PLATFORM_LOCATOR_V1,
+        &[partition],
+        Begin::Earliest,
+        all,
+        &mut |batch| {
+            for record in batch.iter().filter(|r| r.key == Some(outside.as_bytes())) {
+                if let Ok(locator) = context.codec.decode::<Locator>(record.value) {
+                    found = Some((locator, record.time));
+                }
+            }
+            ControlFlow::Continue(())
+        },
+    )?;
+    if let Some((locator, time)) = found {
+        let key = format!("{}/{}", locator.site_id, locator.device_id);
+        return Ok((trace, Box::new(move |n| partition_of(key.as_bytes(), n)), time.minus(SLACK)));
+    }
+    let birth = Timestamp(i64::from(trace.birth_second()) * 1_000_000);
+    Ok((trace, Box::new(move |n| trace.partition(n)), birth.minus(SLACK)))
+}
+
+/// Finds the newest message of the device with this seq, in any stream.
+fn by_sequence(
+    context: &Context,
+    reader: &mut Reader<'_>,
+    device: &DeviceKey,
+    seq: i64,
+) -> Result<(TraceId, PartitionOf, Timestamp), CliError> {
+    let key = device.as_str().to_owned();
+    let mut newest: Option<(Timestamp, String)> = None;
+    let mut failed = None;
+    for topic in context.catalog.topics().filter(|t| !t.spec.feeds.is_empty()) {
+        let partition = partition_of(key.as_bytes(), topic.spec.partitions);
+        let all = Stop::AtEnd { within: READ_WITHIN };
+        browse(
+            &context.kafka(),
+            topic.spec.name.as_str(),
+            &[partition],
+            Begin::Earliest,
+            all,
+            &mut |batch| {
+                for record in batch.iter().filter(|r| r.key == Some(key.as_bytes())) {
+                    let value = match reader.value(record.value) {
+                        Ok(Ok(value)) => value,
+                        Ok(Err(_)) => continue,
+                        Err(error) => {
+                            failed = Some(error);
+                            return ControlFlow::Break(());
+                        }
+                    };
+                    let is_newer = newest.as_ref().is_none_or(|(time, _)| *time <= record.time);
+                    if value["seq"].as_i64() == Some(seq) && is_newer {
+                        newest =
+                            Some((record.time, value["trace_id"].as_str().unwrap_or_default().to_owned()));
+                    }
+                }
+                ControlFlow::Continue(())
+            },
+        )?;
+    }
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let (time, trace) = newest.ok_or_else(|| {
+        CliError::failed(format!("no message of `{device}` with seq {seq}: it never arrived, is a dead letter (`throughline dlq list`), or retention deleted it"))
+    })?;
+    let trace = trace
+        .parse()
+        .map_err(|e| CliError::failed(format!("the message of `{device}` with seq {seq}: {e}")))?;
+    Ok((trace, Box::new(move |n| partition_of(key.as_bytes(), n)), time.minus(SLACK)))
+}
+
+fn collect(
+    context: &Context,
+    reader: &mut Reader<'_>,
+    topic: &str,
+    partition: i32,
+    since: Timestamp,
+    trace: TraceId,
+    hops: &mut Vec<Hop>,
+) -> Result<(), CliError> {
+    let wanted = trace.to_hex();
+    let mut failed = None;
+    let stop = Stop::AtEnd { within: READ_WITHIN };
+    let read_all = browse(&context.kafka(), topic, &[partition], Begin::Since(since), stop, &mut |batch| {
+        for record in batch.iter().filter(|r| mentions(r, wanted.as_bytes())) {
+            match reader.value(record.value) {
+                Ok(Ok(value)) if value["trace_id"].as_str() == Some(&wanted) => hops.push(Hop {
+                    topic: topic.to_owned(),
+                    partition,
+                    offset: record.offset,
+                    time: record.time,
+                    value,
+                }),
+                Ok(_) => {}
+                Err(error) => {
+                    failed = Some(error);
+                    return ControlFlow::Break(());
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    })?;
+    match failed {
+        Some(error) => Err(error),
+        None if !read_all => Err(CliError::unreachable(format!(
+            "`{topic}/{partition}` was not read to its end within {READ_WITHIN:?}"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// A cheap look before decoding: the id stands as text in every value that carries it.
+fn mentions(record: &Record<'_>, wanted: &[u8]) -> bool {
+    record.value.is_some_and(|value| value.windows(wanted.len()).any(|window| window == wanted))
+}
+
+/// What a group says about a record.
+fn standing(hop: &Hop, lag: &GroupLag, now: Timestamp) -> (bool, i64, f64) {
+    let behind = (hop.offset + 1 - lag.next).max(0);
+    (behind == 0, behind, if behind == 0 { 0.0 } else { lag.seconds(now).unwrap_or(0.0) })
+}
+
+fn report(flags: &Flags, trace: TraceId, hops: &[Hop], groups: &[GroupLag]) {
+    let now = WallClock.now();
+    let readers = |hop: &Hop| {
+        let here =
+            |lag: &&GroupLag| *lag.partition.topic == *hop.topic && lag.partition.partition == hop.partition;
+        groups.iter().filter(here).collect::<Vec<_>>()
+    };
+    if flags.json {
+        let hops: Vec<Value> = hops
+            .iter()
+            .map(|hop| {
+                let groups: Vec<Value> = readers(hop)
+                    .iter()
+                    .map(|lag| {
+                        let (past, records, seconds) = standing(hop, lag, now);
+                        json!({"group": lag.group, "past": past, "behind_records": records, "behind_seconds": seconds})
+                    })
+                    .collect();
+                json!({"topic": hop.topic, "partition": hop.partition, "offset": hop.offset,
+                       "timestamp": hop.time.to_string(), "value": hop.value, "groups": groups})
+            })
+            .collect();
+        output::json("trace", json!({"trace_id": trace.to_hex(), "hops": hops}));
+        return;
+    }
+    let first = &hops[0];
+    let device = |hop: &Hop| {
+        let field = |name: &str| hop.value[name].as_str().unwrap_or_default().to_owned();
+        format!("{}/{}", field("site_id"), field("device_id"))
+    };
+    output::line(&format!("trace {trace}  {}  {}", device(first), first.time));
+    for hop in hops {
+        let ms = (hop.time.0 - first.time.0) as f64 / 1e3;
+        let state = hop.value["state"].as_str().map(|s| format!("  {s}")).unwrap_or_default();
+        output::line(&format!("{ms:>9.0} ms  {}/{}@{}{state}", hop.topic, hop.partition, hop.offset));
+        for lag in readers(hop) {
+            let (past, records, seconds) = standing(hop, lag, now);
+            let text = if past {
+                "past it".to_owned()
+            } else {
+                format!("behind by {records} records, {seconds:.1} s")
+            };
+            output::line(&format!("              {:<16} {text}", lag.group));
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! What every long-running process needs: telemetry, signals, the HTTP pages, drain.
+
+use crate::config::Config;
+use crate::context::Context;
+use crate::failure::{CliError, Exit};
+use crate::roles::RunningRole;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use throughline_telemetry::{TelemetryConfig, TelemetryGuard};
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+
+/// How long roles may take to commit what is in flight. Kubernetes grants 30 s before it kills.
+const DRAIN_BUDGET: Duration = Duration::from_secs(25);
+
+/// Sets up logs, traces and the export of metrics.
+///
+/// # Errors
+/// A usage error when a filter or endpoint is wrong.
+pub fn start_telemetry(config: &Config) -> Result<TelemetryGuard, CliError> {
+    let telemetry = TelemetryConfig { instance: config.instance.clone(), ..config.telemetry.clone() };
+    throughline_telemetry::init(&telemetry).map_err(|e| CliError::usage(e.to_string()))
+}
+
+/// The wish to end, as signals state it.
+#[derive(Clone)]
+pub struct Signals(Arc<AtomicBool>);
+
+impl Signals {
+    /// Takes SIGINT and SIGTERM. The second of them ends the process at once.
+    ///
+    /// # Errors
+    /// When the handlers cannot be installed.
+    pub fn install() -> Result<Self, CliError> {
+        let asked = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            // Order matters: this one acts only if the flag was set by an earlier signal.
+            signal_hook::flag::register_conditional_shutdown(
+                signal,
+                Exit::Interrupted as i32,
+                Arc::clone(&asked),
+            )?;
+            signal_hook::flag::register(signal, Arc::clone(&asked))?;
+        }
+        Ok(Self(asked))
+    }
+
+    /// Says whether the process was asked to end.
+    pub fn asked(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Waits until the process is asked to end, or `each`, called every `pause`, returns `false`.
+    pub fn wait(&self, pause: Duration, mut each: impl FnMut() -> bool) {
+        while !self.asked() && each() {
+            std::thread::sleep(pause);
+        }
+    }
+
+    /// Waits at most `limit` and says whether the process was asked to end.
+    pub fn wait_at_most(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        self.wait(Duration::from_millis(50), || Instant::now() < end);
+        self.asked()
+    }
+}
+
+/// Serves `/metrics`, `/healthz`, `/readyz` and `/v1/status` until the returned runtime is dropped.
+///
+/// # Errors
+/// A usage error that names the address and the setting when it is taken.
+pub fn serve_http(context: &Context) -> Result<Runtime, CliError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("http")
+        .enable_all()
+        .build()?;
+    let address = &context.config.http.listen;
+    let listener = runtime.block_on(TcpListener::bind(address)).map_err(|e| {
+        CliError::usage(format!(
+            "cannot listen on `{address}` (`http.listen`, THROUGHLINE_HTTP__LISTEN): {e}"
+        ))
+    })?;
+    let health = context.health.clone();
+    runtime.spawn(async move {
+        if let Err(error) = throughline_telemetry::http::serve(listener, health, std::future::pending()).await
+        {
+            tracing::error!("the HTTP pages ended: {error}");
+        }
+    });
+    Ok(runtime)
+}
+
+/// Asks every role to end and waits for it within the budget.
+///
+/// # Errors
+/// Exit code 1 that names the roles which did not drain.
+pub fn drain(context: &Context, running: Vec<RunningRole>) -> Result<Exit, CliError> {
+    context.shutdown.request();
+    let end = Instant::now() + DRAIN_BUDGET;
+    while running.iter().any(|role| !role.is_finished()) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut undrained = Vec::new();
+    for role in running {
+        let name = role.name();
+        if !role.is_finished() || !role.join() {
+            undrained.push(name);
+        }
+    }
+    if undrained.is_empty() {
+        return Ok(Exit::Done);
+    }
+    Err(CliError::failed(format!(
+        "did not drain: {}; what was not committed will be read again at the next start",
+        undrained.join(", ")
+    )))
+}

@@ -1,0 +1,136 @@
+//! Records for people: any framed value as JSON, whatever schema it was written under.
+
+use crate::context::Context;
+use crate::failure::CliError;
+use serde_json::{Value, json};
+use throughline_model::codec::framed_id;
+use throughline_model::record::{Outbox, Record};
+use throughline_model::time::Timestamp;
+use throughline_runtime::ports::{Outlet, SchemaSource};
+
+/// Reads values, fetching schemas that this process has not seen.
+pub struct Reader<'a> {
+    context: &'a Context,
+    registry: throughline_kafka::RegistryClient,
+}
+
+impl<'a> Reader<'a> {
+    /// Makes a reader.
+    pub fn new(context: &'a Context) -> Self {
+        Self { context, registry: context.registry() }
+    }
+
+    /// Reads a value as JSON; `Err` says why it does not read.
+    ///
+    /// # Errors
+    /// The outer error when the registry cannot be asked.
+    pub fn value(&mut self, value: Option<&[u8]>) -> Result<Result<Value, String>, CliError> {
+        if let Some(Ok(id)) = value.map(framed_id)
+            && !self.context.codec.knows(id)
+            && let Some(schema) = self.registry.fetch(id)?
+        {
+            self.context.codec.add(id, &schema).map_err(|e| CliError::failed(e.to_string()))?;
+        }
+        Ok(self.context.codec.decode::<Value>(value).map_err(|e| e.to_string()))
+    }
+}
+
+/// Returns a record's place and headers as JSON.
+pub fn place(topic: &str, partition: i32, record: &Record<'_>) -> Value {
+    let headers: Vec<Value> = record
+        .headers
+        .iter()
+        .map(|(name, value)| json!({"name": name, "value": header(name, value)}))
+        .collect();
+    json!({
+        "topic": topic,
+        "partition": partition,
+        "offset": record.offset,
+        "timestamp": record.time.to_string(),
+        "key": record.key.map(|k| String::from_utf8_lossy(k).into_owned()),
+        "headers": headers,
+    })
+}
+
+/// Spring's numeric headers are big-endian integers; everything else of ours is text.
+pub fn header(name: &str, value: &[u8]) -> Value {
+    if name.starts_with("kafka_dlt-original-") {
+        if let Ok(bytes) = <[u8; 4]>::try_from(value)
+            && name.ends_with("partition")
+        {
+            return i32::from_be_bytes(bytes).into();
+        }
+        if let Ok(bytes) = <[u8; 8]>::try_from(value)
+            && (name.ends_with("offset") || name.ends_with("timestamp"))
+        {
+            return i64::from_be_bytes(bytes).into();
+        }
+    }
+    match std::str::from_utf8(value) {
+        Ok(text) => text.into(),
+        Err(_) => hex(value).into(),
+    }
+}
+
+/// Writes bytes as hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Sends what a command asks for and waits for Kafka's acknowledgement.
+///
+/// # Errors
+/// Exit code 4 when Kafka does not acknowledge.
+pub fn send(context: &Context, outbox: &Outbox) -> Result<(), CliError> {
+    let mut producer = throughline_kafka::AckedProducer::new(&context.kafka());
+    producer.send_all(outbox).map_err(CliError::from)
+}
+
+/// Reads a point in time: RFC 3339, or a span before now such as `10m` or `2h`.
+///
+/// # Errors
+/// A usage error that shows the forms.
+pub fn point_in_time(text: &str, now: Timestamp) -> Result<Timestamp, CliError> {
+    if let Ok(time) = text.parse::<jiff::Timestamp>() {
+        return Ok(Timestamp(time.as_microsecond()));
+    }
+    let unit = text.chars().last();
+    let seconds_each = match unit {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 3_600,
+        Some('d') => 86_400,
+        _ => 0,
+    };
+    let amount: Option<u64> = text.get(..text.len().saturating_sub(1)).and_then(|n| n.parse().ok());
+    match amount.filter(|_| seconds_each > 0) {
+        Some(amount) => Ok(now.minus(std::time::Duration::from_secs(amount.saturating_mul(seconds_each)))),
+        None => Err(CliError::usage(format!(
+            "`{text}` is no point in time: write `2026-01-31T10:00:00Z`, or `90s`, `10m`, `2h`, `3d` before now"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_in_time_are_absolute_or_before_now() {
+        let now = Timestamp(1_000_000_000_000_000);
+        for (text, expected) in [("10m", now.0 - 600_000_000), ("1970-01-01T00:00:01Z", 1_000_000)] {
+            assert_eq!(point_in_time(text, now).expect(text).0, expected);
+        }
+        for text in ["", "m", "yesterday", "10", "µ"] {
+            assert!(point_in_time(text, now).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn springs_numeric_headers_read_as_numbers() {
+        assert_eq!(header("kafka_dlt-original-offset", &7i64.to_be_bytes()), json!(7));
+        assert_eq!(header("kafka_dlt-original-partition", &3i32.to_be_bytes()), json!(3));
+        assert_eq!(header("tl-mqtt-topic", b"a/b"), json!("a/b"));
+        assert_eq!(header("other", &[0xff]), json!("ff"));
+    }
+}

@@ -1,0 +1,191 @@
+//! The roles, each a thread. Adding a stage is its file in `crates/stages` and a line in [`ROLES`].
+
+use crate::bridge;
+use crate::context::Context;
+use crate::failure::CliError;
+use crate::watch;
+use base64::Engine;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use throughline_kafka::admin::Admin;
+use throughline_kafka::{AckedProducer, BatchBounds, GroupSource, TopicReader, TransactionalProducer};
+use throughline_model::catalog::replay_topic;
+use throughline_model::stage::{Decide, Load, StageSpec};
+use throughline_runtime::ports::Failure;
+use throughline_runtime::{DecidePorts, LoadPorts, LoopConfig, WallClock, run_decide, run_load};
+use throughline_stages::bridge_data::BridgeData;
+use throughline_stages::evaluate_rules::EvaluateRules;
+use throughline_stages::load_warehouse::LoadWarehouse;
+use throughline_stages::project_twins::ProjectTwins;
+use throughline_stages::update_twin::UpdateTwin;
+use throughline_store::{SqlStore, StoreOptions};
+use throughline_telemetry::RoleHealth;
+use uuid::Uuid;
+
+/// A role: what `throughline run NAME` starts.
+pub struct Role {
+    /// Its name on the command line, which is also the consumer group of a stage.
+    pub name: &'static str,
+    /// What it reads and keeps, where it is a stage.
+    pub spec: Option<fn() -> StageSpec>,
+    run: fn(&Context, RoleHealth) -> Result<(), CliError>,
+}
+
+/// Every role. A stage's line names it, its specification and what runs it.
+pub const ROLES: &[Role] = &[
+    Role { name: "bridge", spec: None, run: bridge::run },
+    Role {
+        name: "evaluate_rules",
+        spec: Some(|| EvaluateRules::new().spec().clone()),
+        run: |context, health| decide(context, health, EvaluateRules::new()),
+    },
+    Role {
+        name: "update_twin",
+        spec: Some(|| UpdateTwin::default().spec().clone()),
+        run: |context, health| decide(context, health, UpdateTwin::default()),
+    },
+    Role {
+        name: "bridge_data",
+        spec: Some(|| BridgeData::default().spec().clone()),
+        run: |context, health| decide(context, health, BridgeData::default()),
+    },
+    Role {
+        name: "load_warehouse",
+        spec: Some(|| LoadWarehouse::new().spec().clone()),
+        run: |context, health| load(context, health, LoadWarehouse::new()),
+    },
+    Role {
+        name: "project_twins",
+        spec: Some(|| ProjectTwins::new().spec().clone()),
+        run: |context, health| load(context, health, ProjectTwins::new()),
+    },
+    Role { name: "watch", spec: None, run: watch::run },
+];
+
+/// Returns what every stage reads and keeps: the catalog derives their topics from it.
+pub fn stage_specs() -> Vec<StageSpec> {
+    ROLES.iter().filter_map(|role| role.spec).map(|spec| spec()).collect()
+}
+
+/// A role at work.
+pub struct RunningRole {
+    name: &'static str,
+    thread: JoinHandle<Result<(), CliError>>,
+}
+
+impl RunningRole {
+    /// Waits for the role's end and says whether it drained. Its error was logged when it came.
+    pub fn join(self) -> bool {
+        self.thread.join().is_ok_and(|result| result.is_ok())
+    }
+
+    /// Returns the role's name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Says whether the thread has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+}
+
+/// Starts a role on a thread of its own. A role that stops by itself says so in log and health and leaves
+/// the others alone: its status stays readable, and a restart would only meet the same cause.
+///
+/// # Errors
+/// When the thread cannot be made.
+pub fn start(context: &Context, role: &'static Role) -> Result<RunningRole, CliError> {
+    let context = context.clone();
+    let health = context.health.role(role.name);
+    let builder = std::thread::Builder::new().name(role.name.to_owned());
+    let thread = builder.spawn(move || {
+        let result = (role.run)(&context, health.clone());
+        if let Err(error) = &result {
+            tracing::error!(role = role.name, "{error}");
+            health.stopped(&error.to_string());
+        }
+        result
+    })?;
+    Ok(RunningRole { name: role.name, thread })
+}
+
+/// Returns the topics that a stage's group subscribes to: its inputs and their replay topics.
+fn subscription(spec: &StageSpec, reads_only_replays: bool) -> Vec<String> {
+    let inputs = spec.inputs.iter().filter(|_| !reads_only_replays).map(|input| (*input).to_owned());
+    let replays = spec.inputs.iter().map(|input| replay_topic(input, spec.group));
+    inputs.chain(replays).collect()
+}
+
+fn loop_config(context: &Context) -> LoopConfig {
+    let commit_interval = context.config.stages.commit_interval_ms.map(Duration::from_millis);
+    LoopConfig { commit_interval, ..LoopConfig::default() }
+}
+
+/// Runs a decide stage on Kafka until the process shall end.
+pub fn decide<D: Decide>(context: &Context, health: RoleHealth, stage: D) -> Result<(), CliError> {
+    let spec = stage.spec().clone();
+    let kafka = context.kafka();
+    let topics = subscription(&spec, stage.reads_only_replays());
+    let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+    let source = GroupSource::join(&kafka, spec.group, &topics, BatchBounds::default())?;
+    let transactions = TransactionalProducer::new(&kafka, spec.group, source.membership());
+    let ports = DecidePorts {
+        source,
+        transactions,
+        tables: TopicReader::new(&kafka),
+        schemas: context.registry(),
+        codec: Arc::clone(&context.codec),
+        clock: Arc::new(WallClock),
+    };
+    run_decide(stage, ports, loop_config(context), &context.shutdown, health)
+        .map_err(|stopped| CliError::failed(stopped.to_string()))
+}
+
+fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), CliError> {
+    let spec = stage.spec().clone();
+    let kafka = context.kafka();
+    let topics = subscription(&spec, false);
+    let say = |dependency, message: &str| health.dependency(dependency, false, message);
+    let Some(options) = context.until_available(say, || store_options(context, &topics))? else {
+        return Ok(());
+    };
+    let open = || SqlStore::open(&context.config.database.url, options.clone());
+    let Some(store) = context.until_available(say, open)? else { return Ok(()) };
+    let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+    let source = GroupSource::join(&kafka, spec.group, &topics, BatchBounds::default())?;
+    let outlet = AckedProducer::for_member(&kafka, source.membership());
+    let ports = LoadPorts {
+        source,
+        store,
+        outlet,
+        schemas: context.registry(),
+        codec: Arc::clone(&context.codec),
+        clock: Arc::new(WallClock),
+    };
+    run_load(stage, ports, loop_config(context), &context.shutdown, health)
+        .map_err(|stopped| CliError::failed(stopped.to_string()))
+}
+
+/// Returns which incarnation of cluster and topics the offsets in the store count in.
+pub fn store_options(context: &Context, topics: &[String]) -> Result<StoreOptions, Failure> {
+    let admin = Admin::new(&context.kafka())?;
+    let names: Vec<&str> = topics.iter().map(String::as_str).collect();
+    let mut topic_ids = HashMap::new();
+    for (topic, id) in admin.topic_ids(&names)? {
+        let id = topic_id(&id).ok_or_else(|| Failure::Dependency {
+            dependency: "kafka",
+            message: format!("the cluster gives `{id}` as the id of topic `{topic}`"),
+        })?;
+        topic_ids.insert(topic, id);
+    }
+    Ok(StoreOptions { cluster_id: admin.cluster_id()?, topic_ids, ..StoreOptions::default() })
+}
+
+/// Reads a topic id as Kafka's tools print it: base64 for URLs, without padding.
+fn topic_id(text: &str) -> Option<Uuid> {
+    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(text).ok()?;
+    Uuid::from_slice(&bytes).ok()
+}

@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""Compares what was sent with what Kafka and the store hold. Shares no code with the platform.
+
+Waits until the readings have arrived or the deadline passes, then checks, and prints every difference.
+Exit code 0: everything agrees; 1: it does not.
+"""
+
+import argparse
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from plan import Load
+
+OUTCOMES = ("emitted", "filtered", "ignored", "duplicate", "expired", "dead_lettered")
+
+
+class Store:
+    """Rows of the warehouse as tuples, from SQLite or PostgreSQL."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def query(self, sql):
+        if self.url.startswith("sqlite:"):
+            path = self.url.removeprefix("sqlite:").removeprefix("//")
+            with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10) as db:
+                return [tuple(str(v) if v is not None else "" for v in row) for row in db.execute(sql)]
+        out = subprocess.run(
+            ["psql", "--no-psqlrc", "--tuples-only", "--no-align", "--field-separator=\x1f", self.url, "-c", sql],
+            check=True, capture_output=True, text=True, timeout=120,
+        ).stdout
+        return [tuple(line.split("\x1f")) for line in out.splitlines() if line]
+
+
+class Kafka:
+    def __init__(self, bootstrap):
+        self.admin = AdminClient({"bootstrap.servers": bootstrap})
+        self.consumer = Consumer(
+            {"bootstrap.servers": bootstrap, "group.id": "oracle", "enable.auto.commit": False,
+             "isolation.level": "read_committed", "enable.partition.eof": True})
+
+    def partitions(self, topic):
+        return sorted(self.admin.list_topics(topic, timeout=20).topics[topic].partitions)
+
+    def read(self, topic):
+        """Every committed record of a topic as (key, value, headers)."""
+        records, open_parts = [], set()
+        assignment = []
+        for p in self.partitions(topic):
+            low, high = self.consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=20)
+            if high > low:
+                assignment.append(TopicPartition(topic, p, low))
+                open_parts.add(p)
+        if not assignment:
+            return records
+        self.consumer.assign(assignment)
+        deadline = time.monotonic() + 120
+        while open_parts and time.monotonic() < deadline:
+            for message in self.consumer.consume(5000, timeout=1):
+                if message.error():
+                    open_parts.discard(message.partition())
+                else:
+                    records.append((message.key(), message.value(), dict(message.headers() or [])))
+        self.consumer.unassign()
+        if open_parts:
+            raise RuntimeError(f"{topic}: partitions {sorted(open_parts)} were not read to their end")
+        return records
+
+    def books(self, group):
+        """Sums of the outcome counters in the group's commit metadata, by topic."""
+        future = self.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])[group]
+        sums = {}
+        for tp in future.result(timeout=20).topic_partitions:
+            if not tp.metadata:
+                continue
+            counts = sums.setdefault(tp.topic, Counter())
+            for outcome, n in zip(OUTCOMES, json.loads(tp.metadata)["n"]):
+                counts[outcome] += n
+        return sums
+
+
+def expected_alerts(load, lanes, threshold):
+    """Raises and clears by (site, device) for `temperature > threshold`, each reading once, in order."""
+    raised, raises, clears = set(), Counter(), Counter()
+    for message in load.everything(lanes):
+        if message.reading is None or message.duplicate:
+            continue
+        site, device, _seq, values = message.reading
+        key = (site, device)
+        if values["temperature"] > threshold and key not in raised:
+            raised.add(key)
+            raises[key] += 1
+        elif values["temperature"] <= threshold and key in raised:
+            raised.discard(key)
+            clears[key] += 1
+    return raises, clears
+
+
+class Check:
+    def __init__(self):
+        self.failures = []
+
+    def equal(self, what, found, expected):
+        if found != expected:
+            self.failures.append(f"{what}: found {found!r}, expected {expected!r}")
+
+    def true(self, what, condition):
+        if not condition:
+            self.failures.append(what)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kafka", required=True)
+    parser.add_argument("--database", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--start-us", type=int, required=True)
+    parser.add_argument("--devices", type=int, default=1000)
+    parser.add_argument("--readings", type=int, default=100_000)
+    parser.add_argument("--lanes", type=int, default=4)
+    parser.add_argument("--threshold", type=float, help="of the rule temperature > THRESHOLD that is in force")
+    parser.add_argument("--rule", default="demo-overheat")
+    parser.add_argument("--redelivery", action="store_true", help="faults were injected: repeats may occur on the wire")
+    parser.add_argument("--deadline", type=float, default=120)
+    args = parser.parse_args()
+    load = Load(args.seed, args.start_us, args.devices, args.readings)
+    store, kafka, check = Store(args.database), Kafka(args.kafka), Check()
+
+    readings, garbage, repeats, last = {}, Counter(), 0, {}
+    for message in load.everything(args.lanes):
+        if message.reading is None:
+            garbage[message.payload] += 1
+        elif message.duplicate:
+            repeats += 1
+        else:
+            site, device, seq, values = message.reading
+            readings[site, device, seq] = values
+            last[site, device] = (seq, values)
+    sites = "('north', 'south')"
+    wanted_rows = 3 * len(readings)
+
+    def settled():
+        rows = int(store.query(f"SELECT count(*) FROM reading WHERE site_id IN {sites}")[0][0])
+        twins = {(s, d): doc for s, d, doc in store.query(f"SELECT site_id, device_id, document FROM twin WHERE site_id IN {sites}")}
+        stale = [k for k, (seq, _v) in last.items() if k not in twins or newest_seq(twins[k]) != seq]
+        return rows >= wanted_rows and not stale
+
+    deadline = time.monotonic() + args.deadline
+    while not settled() and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+    # The warehouse: each reading once, and with what was sent.
+    found = Counter()
+    wrong = 0
+    for site, device, epoch, seq, name, number, text, flag in store.query(
+        f"SELECT site_id, device_id, epoch, seq, name, number, text, flag FROM reading WHERE site_id IN {sites}"
+    ):
+        found[site, device, int(seq), name] += 1
+        sent = readings.get((site, device, int(seq)), {}).get(name)
+        value = float(number) if number else text if text else flag in ("1", "t", "true", "True") if flag else None
+        wrong += value != sent or epoch != "1"
+    check.equal("rows with values that were not sent", wrong, 0)
+    check.equal("rows of the warehouse", sum(found.values()), wanted_rows)
+    check.equal("rows that occur more than once", sum(1 for n in found.values() if n > 1), 0)
+    missing = [r for r in readings if any((*r, name) not in found for name in ("temperature", "running", "mode"))]
+    check.equal("readings missing from the warehouse (first 5)", missing[:5], [])
+
+    # Dead letters: each garbage message, byte for byte.
+    dead = Counter(value for _k, value, headers in kafka.read("device.telemetry.v1.bridge-dlt"))
+    if args.redelivery:
+        check.equal("garbage messages in the dead-letter topic", set(dead), set(garbage))
+    else:
+        check.equal("garbage messages in the dead-letter topic", dead, garbage)
+
+    # Twins: the last reading of each device.
+    twins = {(s, d): doc for s, d, doc in store.query(f"SELECT site_id, device_id, document FROM twin WHERE site_id IN {sites}")}
+    bad_twins = [k for k, (_seq, values) in last.items() if reported(twins.get(k, "{}")) != values]
+    check.equal("twins that differ from the last reading (first 5)", bad_twins[:5], [])
+
+    # Books: every record of the topic has exactly one outcome.
+    records = len(kafka.read("device.telemetry.v1"))
+    expected_records = len(readings) + repeats
+    if args.redelivery:
+        check.true(f"records on device.telemetry.v1: {records} of at least {expected_records}", records >= expected_records)
+    else:
+        check.equal("records on device.telemetry.v1", records, expected_records)
+    for group in ("bridge_data", "evaluate_rules", "update_twin"):
+        books = kafka.books(group).get("device.telemetry.v1", Counter())
+        check.equal(f"{group}: sum of outcomes on device.telemetry.v1", sum(books.values()), records)
+    books = kafka.books("bridge_data").get("device.telemetry.v1", Counter())
+    check.equal("bridge_data: outcomes", {k: v for k, v in books.items() if v},
+                {"emitted": len(readings), "duplicate": records - len(readings)})
+    check.equal("records on data_core.reading.v1", len(kafka.read("data_core.reading.v1")), len(readings))
+    stored = Counter()
+    for topic, books in store.query("SELECT topic, books FROM stage_offset WHERE consumer_group = 'load_warehouse'"):
+        stored[topic] += json.loads(books)["n"][OUTCOMES.index("emitted")]
+    check.equal("load_warehouse: emitted from data_core.reading.v1", stored["data_core.reading.v1"], len(readings))
+
+    # Alerts: each raise and clear once.
+    if args.threshold is not None:
+        raises, clears = expected_alerts(load, args.lanes, args.threshold)
+        rows = store.query(f"SELECT site_id, device_id, state FROM alert WHERE rule_id = '{args.rule}' AND site_id IN {sites}")
+        check.equal("alerts raised", Counter((s, d) for s, d, _ in rows), raises)
+        check.equal("alerts cleared", Counter((s, d) for s, d, state in rows if state == "cleared"), clears)
+
+    if check.failures:
+        print("\n".join(f"DIFFERENCE {f[:2000]}" for f in check.failures))
+        sys.exit(1)
+    print(json.dumps({"readings": len(readings), "repeats": repeats, "garbage": sum(garbage.values()), "records": records}))
+
+
+def reported(document):
+    fields = {}
+    for field in json.loads(document).get("reported", []):
+        value = next((field[k] for k in ("number", "text", "flag") if field.get(k) is not None), None)
+        fields[field["name"]] = value
+    return fields
+
+
+def newest_seq(document):
+    positions = {p["stream"]: p["seq"] for p in json.loads(document).get("positions", [])}
+    return positions.get("telemetry")
+
+
+if __name__ == "__main__":
+    main()

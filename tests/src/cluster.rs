@@ -1,0 +1,164 @@
+//! Every role as a process of its own against shared services, as in production, so that each can be
+//! killed alone.
+
+use crate::{Process, binary, said, wait_for};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use throughline_local::kafka::{KafkaOptions, ManagedKafka};
+use throughline_local::ports;
+use throughline_local::registry::RunningRegistry;
+
+/// Every role of the platform.
+pub const ROLES: [&str; 7] =
+    ["bridge", "evaluate_rules", "update_twin", "bridge_data", "load_warehouse", "project_twins", "watch"];
+
+/// Services and one process a role.
+pub struct Cluster {
+    roles: Vec<Role>,
+    /// Kept alive; its broker can be stopped and killed.
+    pub kafka: ManagedKafka,
+    registry: RunningRegistry,
+    database: String,
+    mqtt_port: u16,
+    directory: tempfile::TempDir,
+}
+
+struct Role {
+    name: String,
+    instance: String,
+    starts: u32,
+    process: Process,
+}
+
+impl Cluster {
+    /// Starts Kafka and a registry, applies the topics and starts every role on `database`.
+    ///
+    /// # Panics
+    /// When something does not start.
+    pub fn start(database: Option<&str>) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory can be made");
+        let kafka =
+            ManagedKafka::start(KafkaOptions::new(&directory.path().join("kafka"))).expect("Kafka starts");
+        let registry = RunningRegistry::start(&kafka.bootstrap()).expect("the registry starts");
+        let database = database.map_or_else(
+            || format!("sqlite://{}", directory.path().join("warehouse.db").display()),
+            str::to_owned,
+        );
+        let mqtt_port = ports::free().expect("a free port");
+        let mut cluster = Self { roles: Vec::new(), kafka, registry, database, mqtt_port, directory };
+        let applied = cluster.command(&["topics", "apply"]);
+        assert!(applied.status.success(), "topics apply: {}", said(&applied));
+        for name in ROLES {
+            cluster.add(name, "0");
+        }
+        cluster
+    }
+
+    /// Starts a further instance of a role.
+    pub fn add(&mut self, name: &str, instance: &str) {
+        let process = self.spawn(name, instance, 1);
+        self.roles.push(Role { name: name.to_owned(), instance: instance.to_owned(), starts: 1, process });
+    }
+
+    fn configure(&self, command: &mut Command) {
+        command
+            .env("THROUGHLINE_KAFKA__BOOTSTRAP", self.kafka.bootstrap())
+            .env("THROUGHLINE_REGISTRY__URL", self.registry.url())
+            .env("THROUGHLINE_DATABASE__URL", &self.database)
+            .env("THROUGHLINE_MQTT__LISTEN", format!("127.0.0.1:{}", self.mqtt_port))
+            .env("THROUGHLINE_DATA_DIR", self.directory.path().join("none"));
+    }
+
+    fn spawn(&self, name: &str, instance: &str, start: u32) -> Process {
+        let port = ports::free().expect("a free port");
+        let mut command = Command::new(binary());
+        self.configure(&mut command);
+        command.args(["run", name, "--instance", instance]);
+        command.env("THROUGHLINE_HTTP__LISTEN", format!("127.0.0.1:{port}"));
+        Process::start(&mut command, self.log(name, instance, start))
+    }
+
+    fn log(&self, name: &str, instance: &str, start: u32) -> PathBuf {
+        self.directory.path().join(format!("{name}-{instance}-{start}.log"))
+    }
+
+    /// Kills a process of `role` with SIGKILL and starts it again under the same name.
+    ///
+    /// # Panics
+    /// When there is no such role.
+    pub fn kill_and_restart(&mut self, role: usize) {
+        let index = role % self.roles.len();
+        self.roles[index].process.kill();
+        let (name, instance, starts) = {
+            let role = &mut self.roles[index];
+            role.starts += 1;
+            (role.name.clone(), role.instance.clone(), role.starts)
+        };
+        self.roles[index].process = self.spawn(&name, &instance, starts);
+    }
+
+    /// Ends every process of a role with SIGTERM and asserts that it drains.
+    ///
+    /// # Panics
+    /// When it does not end in time or not with exit code 0.
+    pub fn stop(&mut self, name: &str) {
+        let (mut gone, kept): (Vec<Role>, Vec<Role>) =
+            std::mem::take(&mut self.roles).into_iter().partition(|r| r.name == name);
+        self.roles = kept;
+        for role in &mut gone {
+            let code = role.process.terminate(Duration::from_secs(30));
+            assert_eq!(code, Some(0), "{name}: {}", role.process.output());
+        }
+    }
+
+    /// Runs a `throughline` command against the cluster.
+    ///
+    /// # Panics
+    /// When the binary cannot be run.
+    pub fn command(&self, args: &[&str]) -> std::process::Output {
+        let mut command = Command::new(binary());
+        self.configure(&mut command);
+        command.args(args).stdin(Stdio::null()).output().expect("the binary runs")
+    }
+
+    /// Waits until the bridge takes connections.
+    ///
+    /// # Panics
+    /// When it does not within a minute.
+    pub fn wait_for_bridge(&self) {
+        wait_for("the bridge", Duration::from_secs(60), || {
+            std::net::TcpStream::connect(("127.0.0.1", self.mqtt_port)).ok()
+        });
+    }
+
+    /// Returns the port of the bridge.
+    pub fn mqtt_port(&self) -> String {
+        self.mqtt_port.to_string()
+    }
+
+    /// Returns the database's address.
+    pub fn database(&self) -> &str {
+        &self.database
+    }
+
+    /// Returns a directory for files of the test.
+    pub fn scratch(&self) -> &std::path::Path {
+        self.directory.path()
+    }
+
+    /// Returns the last lines of every role's log, for messages of failed assertions.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        for role in &self.roles {
+            let output = role.process.output();
+            let lines: Vec<&str> = output.lines().rev().take(8).collect();
+            text.push_str(&format!("== {} {} (start {})\n", role.name, role.instance, role.starts));
+            for line in lines.iter().rev() {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+        text
+    }
+}

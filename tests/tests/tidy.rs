@@ -1,0 +1,168 @@
+//! What must agree in the repository: walls between crates, names, files, words.
+
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::Command;
+use throughline_tests::{root, succeed};
+
+fn tracked_files() -> Vec<PathBuf> {
+    let listed =
+        Command::new("git").args(["ls-files", "-co", "--exclude-standard"]).current_dir(root()).output();
+    let listed = listed.expect("git lists the files");
+    assert!(listed.status.success(), "git ls-files fails: {}", String::from_utf8_lossy(&listed.stderr));
+    let names = String::from_utf8(listed.stdout).expect("file names are UTF-8");
+    names.lines().map(|name| root().join(name)).filter(|path| path.is_file()).collect()
+}
+
+fn text_of(path: &PathBuf) -> Option<String> {
+    std::fs::read(path).ok().and_then(|bytes| String::from_utf8(bytes).ok())
+}
+
+/// The crates that alone may use a client library.
+const WALLS: [(&str, &[&str]); 9] = [
+    ("rdkafka", &["throughline-kafka", "throughline-kafka-ffi"]),
+    ("rdkafka-sys", &["throughline-kafka-ffi"]),
+    ("sqlx", &["throughline-store"]),
+    ("mqtt-protocol-core", &["throughline-mqtt"]),
+    ("rumqttc", &["throughline-mqtt"]),
+    ("clap", &["throughline-platform"]),
+    ("anyhow", &["throughline-platform"]),
+    ("apache-avro", &["throughline-local", "throughline-model"]),
+    ("opentelemetry", &["throughline-telemetry"]),
+];
+
+/// What each crate of ours may build on, tests aside.
+const LAYERS: [(&str, &[&str]); 9] = [
+    ("model", &[]),
+    ("stages", &["model"]),
+    ("telemetry", &[]),
+    ("runtime", &["model", "telemetry"]),
+    ("mqtt", &["model", "runtime", "telemetry"]),
+    ("kafka-ffi", &[]),
+    ("kafka", &["model", "runtime", "telemetry", "kafka-ffi"]),
+    ("store", &["model", "runtime", "telemetry"]),
+    ("local", &["model", "kafka", "telemetry", "runtime"]),
+];
+
+fn packages() -> Vec<Value> {
+    let manifest = root().join("Cargo.toml").display().to_string();
+    let args = ["metadata", "--format-version", "1", "--no-deps", "--offline", "--manifest-path", &manifest];
+    let metadata: Value = serde_json::from_str(&succeed("cargo", &args)).expect("cargo metadata is JSON");
+    metadata["packages"].as_array().expect("metadata lists packages").clone()
+}
+
+fn dependencies(package: &Value, with_dev: bool) -> BTreeSet<String> {
+    let list = package["dependencies"].as_array().expect("a package lists its dependencies");
+    let wanted = list.iter().filter(|d| with_dev || d["kind"] != "dev");
+    wanted.filter_map(|d| d["name"].as_str().map(str::to_owned)).collect()
+}
+
+#[test]
+fn client_libraries_are_used_by_their_adapters_only() {
+    for package in packages() {
+        let name = package["name"].as_str().expect("a package has a name");
+        for library in dependencies(&package, false) {
+            if let Some((_, users)) = WALLS.iter().find(|(wall, _)| *wall == library) {
+                assert!(
+                    users.contains(&name),
+                    "`{name}` depends on `{library}`, which is for {users:?} only"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn crates_build_only_on_the_layers_below_them() {
+    for package in packages() {
+        let name = package["name"]
+            .as_str()
+            .expect("a package has a name")
+            .trim_start_matches("throughline-")
+            .to_owned();
+        let Some((_, allowed)) = LAYERS.iter().find(|(layer, _)| *layer == name) else { continue };
+        for dependency in dependencies(&package, false) {
+            if let Some(ours) = dependency.strip_prefix("throughline-") {
+                assert!(
+                    allowed.contains(&ours),
+                    "`{name}` depends on `{ours}`; it may depend on {allowed:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn topic_names_are_spelled_in_the_catalog_only() {
+    let names: Vec<String> = throughline_model::topics::TOPIC_FILES
+        .iter()
+        .map(|(file, _)| file.trim_end_matches(".toml").to_owned())
+        .collect();
+    for path in tracked_files() {
+        let shown = path.display().to_string();
+        let is_code = shown.contains("/crates/") && shown.contains("/src/") && shown.ends_with(".rs");
+        if !is_code {
+            continue;
+        }
+        let text = text_of(&path).unwrap_or_default();
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for (number, line) in code.lines().enumerate() {
+            let quoted = names.iter().find(|name| line.contains(&format!("\"{name}\"")));
+            let prose = line.trim_start().starts_with("//");
+            assert!(
+                quoted.is_none() || prose,
+                "{shown}:{}: spell `{}` as its handle",
+                number + 1,
+                quoted.expect("some")
+            );
+        }
+    }
+}
+
+#[test]
+fn no_file_is_large_and_none_names_this_machine() {
+    let here = root().parent().map(|p| format!("{}/", p.display())).filter(|p| p.len() > 2);
+    for path in tracked_files() {
+        let shown = path.display();
+        let size = std::fs::metadata(&path).map(|m| m.len()).unwrap_or_default();
+        assert!(size <= 1 << 20, "{shown} has {size} bytes; at most 1 MiB");
+        let Some(text) = text_of(&path) else { continue };
+        if let Some(here) = here.as_deref().filter(|h| *h != "/") {
+            assert!(!text.contains(here), "{shown} names a path of this machine");
+        }
+    }
+}
+
+#[test]
+fn no_debugging_code_is_left() {
+    let forgotten = ["todo!(", "unimplemented!(", "dbg!(", "#[ignore", "FIX\u{4d}E", "XX\u{58}"];
+    for path in tracked_files() {
+        let shown = path.display().to_string();
+        if !shown.ends_with(".rs") || shown.ends_with("tests/tests/tidy.rs") {
+            continue;
+        }
+        let text = text_of(&path).unwrap_or_default();
+        for word in forgotten {
+            assert!(!text.contains(word), "{shown} has `{word}`");
+        }
+    }
+}
+
+#[test]
+fn links_of_the_documents_lead_somewhere() {
+    for path in tracked_files() {
+        if path.extension().is_none_or(|e| e != "md") {
+            continue;
+        }
+        let text = text_of(&path).unwrap_or_default();
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let file = target.split('#').next().unwrap_or_default();
+            if file.is_empty() || file.contains("://") {
+                continue;
+            }
+            let place = path.parent().expect("a file has a directory").join(file);
+            assert!(place.exists(), "{} links to `{target}`, which does not exist", path.display());
+        }
+    }
+}
