@@ -515,7 +515,7 @@ fn a_topic_alias_stands_for_its_topic() {
     let sent = rig.memory.of(DEVICE_TELEMETRY_V1);
     assert_eq!(rig.message(&sent[1]).seq, Some(2));
     client.send(&alias("", 3, 6));
-    client.expect(&[0xe0, 2, 0x94, 0]);
+    client.expect(&[0xe0, 1, 0x94]);
     client.expect_end();
 }
 
