@@ -149,7 +149,7 @@ def main():
     def settled():
         rows = int(store.query(f"SELECT count(*) FROM reading WHERE site_id IN {sites}")[0][0])
         twins = {(s, d): doc for s, d, doc in store.query(f"SELECT site_id, device_id, document FROM twin WHERE site_id IN {sites}")}
-        stale = [k for k, (seq, _v) in last.items() if k not in twins or newest_seq(twins[k]) != seq]
+        stale = [k for k, (_seq, values) in last.items() if k not in twins or reported(twins[k]) != values]
         return rows >= wanted_rows and not stale
 
     deadline = time.monotonic() + args.deadline
@@ -217,16 +217,7 @@ def main():
 
 
 def reported(document):
-    fields = {}
-    for field in json.loads(document).get("reported", []):
-        value = next((field[k] for k in ("number", "text", "flag") if field.get(k) is not None), None)
-        fields[field["name"]] = value
-    return fields
-
-
-def newest_seq(document):
-    positions = {p["stream"]: p["seq"] for p in json.loads(document).get("positions", [])}
-    return positions.get("telemetry")
+    return {name: field["value"] for name, field in json.loads(document).get("reported", {}).items()}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 //! killed alone.
 
 use crate::{Process, binary, said, wait_for};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_local::ports;
-use throughline_local::registry::RunningRegistry;
+use throughline_kafka::KafkaConfig;
+use throughline_local::registry::EmbeddedRegistry;
 
 /// Every role of the platform.
 pub const ROLES: [&str; 7] =
@@ -18,7 +20,7 @@ pub struct Cluster {
     roles: Vec<Role>,
     /// Kept alive; its broker can be stopped and killed.
     pub kafka: ManagedKafka,
-    registry: RunningRegistry,
+    registry: EmbeddedRegistry,
     database: String,
     mqtt_port: u16,
     directory: tempfile::TempDir,
@@ -39,8 +41,11 @@ impl Cluster {
     pub fn start(database: Option<&str>) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory can be made");
         let kafka =
-            ManagedKafka::start(KafkaOptions::new(&directory.path().join("kafka"))).expect("Kafka starts");
-        let registry = RunningRegistry::start(&kafka.bootstrap()).expect("the registry starts");
+            ManagedKafka::start(KafkaOptions::new(directory.path().join("kafka")), &mut |_| {});
+        let kafka = kafka.expect("Kafka starts");
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::free().expect("a free port")));
+        let registry = EmbeddedRegistry::start(listen, &KafkaConfig::new(kafka.bootstrap()));
+        let registry = registry.expect("the registry starts");
         let database = database.map_or_else(
             || format!("sqlite://{}", directory.path().join("warehouse.db").display()),
             str::to_owned,

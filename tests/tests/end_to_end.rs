@@ -2,7 +2,11 @@
 
 use serde_json::Value;
 use std::time::{Duration, Instant};
-use throughline_local::postgres::ManagedPostgres;
+use throughline_local::child::Fault;
+use throughline_local::kafka::{KafkaOptions, ManagedKafka};
+use throughline_local::mosquitto::{ManagedMosquitto, MosquittoOptions};
+use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
+use throughline_local::scratch_dir;
 use throughline_tests::{Load, Platform, port_of, published, python, root, said, succeed, wait_for};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -137,7 +141,7 @@ fn a_load_arrives_once_on_sqlite_through_our_listener() {
 }
 
 fn kafkas_own_tools_see_every_group(platform: &Platform) {
-    let libraries = throughline_local::artifacts::kafka().expect("`up` has fetched them");
+    let libraries = throughline_local::artifacts::kafka(&mut |_| {}).expect("`up` has fetched them");
     let classpath = format!("{}/*", libraries.display());
     let tool = "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand";
     let kafka = platform.endpoint("kafka");
@@ -151,11 +155,12 @@ fn kafkas_own_tools_see_every_group(platform: &Platform) {
 
 #[test]
 fn a_load_arrives_once_on_postgresql_through_mosquitto() {
-    let directory = tempfile::tempdir().expect("a temporary directory can be made");
-    let database = ManagedPostgres::start(&directory.path().join("pg")).expect("PostgreSQL starts");
-    let broker = throughline_local::mosquitto::ManagedMosquitto::start(&directory.path().join("mosquitto"))
-        .expect("Mosquitto starts");
-    let broker_url = broker.url();
+    let directory = scratch_dir().expect("a temporary directory can be made");
+    let options = PostgresOptions::new(directory.path().join("pg"));
+    let database = ManagedPostgres::start(options).expect("PostgreSQL starts");
+    let options = MosquittoOptions::new(directory.path().join("mosquitto"));
+    let broker = ManagedMosquitto::start(options).expect("Mosquitto starts");
+    let broker_url = format!("mqtt://{}", broker.addr());
     let platform = Platform::up(&["--database", &database.url(), "--mqtt", &broker_url]);
     apply_demo_rule(&platform);
     let load = Load::new(12, 100_000, 1_000);
@@ -197,19 +202,19 @@ fn a_schema_that_breaks_readers_and_a_misspelt_key_are_refused() {
 #[test]
 fn acknowledged_messages_survive_a_hung_and_a_killed_kafka() {
     let kafka_dir = tempfile::tempdir().expect("a temporary directory can be made");
-    let options = throughline_local::kafka::KafkaOptions::new(kafka_dir.path());
-    let mut kafka = throughline_local::kafka::ManagedKafka::start(options).expect("Kafka starts");
+    let options = KafkaOptions::new(kafka_dir.path().join("kafka"));
+    let mut kafka = ManagedKafka::start(options, &mut |_| {}).expect("Kafka starts");
     let address = kafka.bootstrap();
     let platform = Platform::up(&["--kafka", &address]);
     apply_demo_rule(&platform);
     let load = Load::new(13, 60_000, 600);
     let publisher = load.publish(&platform.mqtt_port(), 1_200, platform.scratch().join("publish.log"));
     std::thread::sleep(Duration::from_secs(5));
-    kafka.signal("STOP").expect("our own child takes signals");
+    kafka.fault(Fault::Stop);
     std::thread::sleep(Duration::from_secs(30));
-    kafka.signal("CONT").expect("our own child takes signals");
+    kafka.fault(Fault::Continue);
     std::thread::sleep(Duration::from_secs(5));
-    kafka.kill().expect("our own child can be killed");
+    kafka.fault(Fault::Kill);
     std::thread::sleep(Duration::from_secs(2));
     kafka.restart().expect("Kafka starts again on its data");
     let started = Instant::now();

@@ -1,7 +1,8 @@
 //! Roles as processes of their own, killed at random under load: afterwards everything is exact.
 
 use std::time::Duration;
-use throughline_local::postgres::ManagedPostgres;
+use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
+use throughline_local::scratch_dir;
 use throughline_tests::cluster::{Cluster, ROLES};
 use throughline_tests::{Load, published, root, said};
 
@@ -49,8 +50,9 @@ fn killed_roles_leave_sqlite_exact() {
 
 #[test]
 fn killed_roles_leave_postgresql_exact() {
-    let directory = tempfile::tempdir().expect("a temporary directory can be made");
-    let database = ManagedPostgres::start(&directory.path().join("pg")).expect("PostgreSQL starts");
+    let directory = scratch_dir().expect("a temporary directory can be made");
+    let options = PostgresOptions::new(directory.path().join("pg"));
+    let database = ManagedPostgres::start(options).expect("PostgreSQL starts");
     kill_each_role_five_times(Some(&database.url()), 22);
 }
 

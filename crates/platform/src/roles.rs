@@ -184,8 +184,22 @@ pub fn store_options(context: &Context, topics: &[String]) -> Result<StoreOption
     Ok(StoreOptions { cluster_id: admin.cluster_id()?, topic_ids, ..StoreOptions::default() })
 }
 
-/// Reads a topic id as Kafka's tools print it: base64 for URLs, without padding.
+/// Reads a topic id in base64 without padding: librdkafka writes `+` and `/` where Kafka's tools write `-`
+/// and `_`.
 fn topic_id(text: &str) -> Option<Uuid> {
-    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(text).ok()?;
+    let standard = text.replace('-', "+").replace('_', "/");
+    let bytes = base64::engine::general_purpose::STANDARD_NO_PAD.decode(standard).ok()?;
     Uuid::from_slice(&bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn topic_ids_of_both_alphabets_read_as_the_same_bytes() {
+        let id = topic_id("m/7ck3RhTTa/MZ68v9ORQg").expect("as librdkafka writes it");
+        assert_eq!(topic_id("m_7ck3RhTTa_MZ68v9ORQg"), Some(id));
+        assert_eq!(topic_id("short"), None);
+    }
 }
