@@ -6,8 +6,10 @@
 //! - [`AckedProducer`] and [`IngressProducer`] write outside transactions.
 //! - [`RegistryClient`] speaks Confluent's schema registry API.
 //! - [`admin`], [`browse`] and [`lag`] serve operators: topics, groups, records, delays.
+//! - [`baseline`] is the plain client that benchmarks compare with.
 
 pub mod admin;
+pub mod baseline;
 pub mod browse;
 mod config;
 mod context;

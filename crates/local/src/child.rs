@@ -43,22 +43,22 @@ pub enum Fault {
 
 /// What to run.
 #[derive(Debug)]
-pub(crate) struct Program<'a> {
+pub struct Program<'a> {
     /// The name in errors, also of the log and pid files.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     /// The directory that the program has for itself.
-    pub(crate) dir: &'a Path,
+    pub dir: &'a Path,
     /// The program and its arguments.
-    pub(crate) command: Vec<OsString>,
+    pub command: Vec<OsString>,
     /// Variables added to the environment.
-    pub(crate) env: Vec<(&'static str, OsString)>,
+    pub env: Vec<(&'static str, OsString)>,
     /// User and group to run it as, only for root.
-    pub(crate) user: Option<(u32, u32)>,
+    pub user: Option<(u32, u32)>,
 }
 
 /// A running program.
 #[derive(Debug)]
-pub(crate) struct Supervised {
+pub struct Supervised {
     name: &'static str,
     pid: Pid,
     shell: Child,
@@ -71,7 +71,7 @@ pub(crate) struct Supervised {
 
 impl Supervised {
     /// Starts the program after removing what an earlier start on the same directory may have left.
-    pub(crate) fn spawn(program: Program<'_>) -> Result<Self, LocalError> {
+    pub fn spawn(program: Program<'_>) -> Result<Self, LocalError> {
         let Program { name, dir, command, env, user } = program;
         let lock = DirLock::acquire(dir)?;
         let pid_file = dir.join(format!("{name}.pid"));
@@ -103,21 +103,17 @@ impl Supervised {
     }
 
     /// Returns the program's process id.
-    pub(crate) fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
     /// Says whether the program still runs.
-    pub(crate) fn is_running(&mut self) -> bool {
+    pub fn is_running(&mut self) -> bool {
         matches!(self.shell.try_wait(), Ok(None))
     }
 
     /// Waits until `ready` returns true, giving up when the program ends.
-    pub(crate) fn wait_ready(
-        &mut self,
-        limit: Duration,
-        mut ready: impl FnMut() -> bool,
-    ) -> Result<(), LocalError> {
+    pub fn wait_ready(&mut self, limit: Duration, mut ready: impl FnMut() -> bool) -> Result<(), LocalError> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.exit_status()? {

@@ -54,6 +54,8 @@ enum Command {
     Simulate(commands::simulate::Args),
     /// Check every dependency and say what fixes it
     Doctor(commands::doctor::Args),
+    /// Measure bridge, stages and stores beside plain clients
+    Bench(commands::bench::Args),
     /// Describe an error code
     Explain(commands::explain::Args),
     /// Print the completion script of a shell
@@ -90,6 +92,7 @@ fn dispatch(cli: Cli) -> Result<Exit, CliError> {
         Command::Groups(args) => commands::groups::run(flags, &args),
         Command::Simulate(args) => commands::simulate::run(flags, &args),
         Command::Doctor(args) => commands::doctor::run(flags, &args),
+        Command::Bench(args) => commands::bench::run(flags, &args),
         Command::Explain(args) => commands::explain::run(flags, &args),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "throughline", &mut std::io::stdout());

@@ -9,6 +9,7 @@
 //! The interface is blocking, for the threads of the load loops. It owns a small tokio runtime, so it must
 //! be neither called nor dropped inside an async task; there, use `spawn_blocking`.
 
+pub mod baseline;
 mod error;
 mod fold;
 mod migrate;

@@ -1,6 +1,6 @@
 //! PostgreSQL: COPY into day partitions, behind a compare-and-swap of the offsets.
 
-mod copy;
+pub(crate) mod copy;
 mod partitions;
 
 use crate::error::{self, Engine, dependency};
