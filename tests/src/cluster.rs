@@ -6,9 +6,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use throughline_kafka::KafkaConfig;
 use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_local::ports;
-use throughline_kafka::KafkaConfig;
 use throughline_local::registry::EmbeddedRegistry;
 
 /// Every role of the platform.
@@ -40,8 +40,7 @@ impl Cluster {
     /// When something does not start.
     pub fn start(database: Option<&str>) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory can be made");
-        let kafka =
-            ManagedKafka::start(KafkaOptions::new(directory.path().join("kafka")), &mut |_| {});
+        let kafka = ManagedKafka::start(KafkaOptions::new(directory.path().join("kafka")), &mut |_| {});
         let kafka = kafka.expect("Kafka starts");
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::free().expect("a free port")));
         let registry = EmbeddedRegistry::start(listen, &KafkaConfig::new(kafka.bootstrap()));

@@ -37,10 +37,10 @@ fn kill_each_role_five_times(database: Option<&str>, seed: u64) {
     }
     published(publisher, Duration::from_secs(240));
     let kafka = cluster.kafka.bootstrap();
-    let outcome = std::panic::catch_unwind(|| {
-        load.check(&kafka, cluster.database(), &["--threshold", "90", "--redelivery", "--deadline", "90"]);
-    });
-    assert!(outcome.is_ok(), "seed {seed}; the roles said:\n{}", cluster.logs());
+    let arguments = ["--threshold", "90", "--redelivery", "--deadline", "90"];
+    if let Err(differences) = load.compare(&kafka, cluster.database(), &arguments) {
+        panic!("{differences}\nthe roles said:\n{}", cluster.logs());
+    }
 }
 
 #[test]
@@ -71,8 +71,8 @@ fn two_instances_of_a_role_share_its_partitions_and_keep_its_state() {
     }
     published(publisher, Duration::from_secs(120));
     let kafka = cluster.kafka.bootstrap();
-    let outcome = std::panic::catch_unwind(|| {
-        load.check(&kafka, cluster.database(), &["--threshold", "90", "--deadline", "90"]);
-    });
-    assert!(outcome.is_ok(), "the roles said:\n{}", cluster.logs());
+    let arguments = ["--threshold", "90", "--deadline", "90"];
+    if let Err(differences) = load.compare(&kafka, cluster.database(), &arguments) {
+        panic!("{differences}\nthe roles said:\n{}", cluster.logs());
+    }
 }

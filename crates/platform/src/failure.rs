@@ -27,7 +27,8 @@ pub enum Exit {
 pub struct CliError {
     /// The exit code.
     pub exit: Exit,
-    message: String,
+    /// What, where, why, and what helps.
+    pub message: String,
 }
 
 impl CliError {

@@ -129,7 +129,7 @@ impl Simulation {
             out.push(message.clone());
         }
         out.push(message);
-        if round % HEARTBEAT_EVERY == 0 {
+        if round.is_multiple_of(HEARTBEAT_EVERY) {
             let body = json!({"epoch": self.epoch, "seq": round + 1, "values": {"uptime_s": round}});
             out.push(Message {
                 device: index,

@@ -19,6 +19,9 @@ pub struct Args {}
 /// How long a connection attempt may take.
 const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 
+/// What a check saw, or what is wrong.
+type Check = fn(&Context) -> Result<String, String>;
+
 struct Finding {
     what: &'static str,
     ok: bool,
@@ -32,7 +35,7 @@ struct Finding {
 /// Usage errors only: what a check meets is a finding.
 pub fn run(flags: &Flags, _args: &Args) -> Result<Exit, CliError> {
     let context = Context::new(flags.load()?)?;
-    let checks: [(&'static str, &'static str, fn(&Context) -> Result<String, String>); 7] = [
+    let checks: [(&'static str, &'static str, Check); 7] = [
         ("Kafka answers", "start it, or name it with --kafka; `throughline up` brings its own", kafka),
         ("registry answers", "start it, or name it with --registry", registry),
         ("topics and schemas are as the catalog says", "throughline topics apply", catalog),

@@ -61,7 +61,7 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     let mut config = flags.load_for_start()?;
     // One process for one machine: a line a decision of people, not one a start of a component.
     if std::env::var_os("THROUGHLINE_TELEMETRY__LOG").is_none() && flags.config.is_none() {
-        config.telemetry.log = "warn".into();
+        config.telemetry.log = "warn,throughline_mqtt=error".into();
     }
     let _telemetry = process::start_telemetry(&config)?;
     let signals = Signals::install()?;
