@@ -410,7 +410,15 @@ impl Source for GroupSource {
                 self.wake.reset();
                 continue;
             }
-            let entries = found.map_err(|e| failure(&what, &e))?;
+            let entries = found.map_err(|e| match e.rdkafka_error_code() {
+                // librdkafka itself asks again while they are unstable, and then says this.
+                Some(RDKafkaErrorCode::OperationTimedOut) => dependency(format!(
+                    "{what}: no answer within {} s; where Kafka answers otherwise, a transaction that never \
+                     ends holds them (KAFKA-20734 after a broker of Kafka 4.3.0 or 4.3.1 was killed)",
+                    REQUEST_TIMEOUT.as_secs()
+                )),
+                _ => failure(&what, &e),
+            })?;
             if let Some(code) = entries.iter().find_map(|e| e.error) {
                 return Err(crate::failure::by_code(&what, code, &code.to_string()));
             }

@@ -6,14 +6,16 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_kafka::{
-    AckedProducer, BatchBounds, GroupSource, IngressConfig, IngressProducer, KafkaConfig,
+    AckedProducer, BatchBounds, GroupSource, IngressConfig, IngressProducer, KafkaConfig, TopicReader,
     TransactionalProducer,
 };
 use throughline_local::child::Fault;
 use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_model::books::Books;
-use throughline_model::record::{Headers, Outbox, Outgoing, Record};
-use throughline_runtime::ports::{Advance, Failure, Ingress, Outlet, PipelineEvent, Source, Transactions};
+use throughline_model::record::{Headers, Outbox, Outgoing, Record, TopicPartition};
+use throughline_runtime::ports::{
+    Advance, Failure, Ingress, Outlet, PipelineEvent, Source, TableReader, Transactions,
+};
 
 #[test]
 fn a_broker_that_is_killed_and_comes_back_costs_time_and_nothing_else() {
@@ -58,6 +60,14 @@ fn a_broker_that_is_killed_and_comes_back_costs_time_and_nothing_else() {
     let to = |to| Advance { partition: partitions[0].clone(), from: 0, to, books: Books::open("v") };
     producer.commit(&[to(100)]).expect("commits");
 
+    // Kafka 4.3.0 and 4.3.1 lose the markers of a transaction whose broker dies between the commit and the
+    // markers (KAFKA-20734): the offsets then stay unstable for ever. Earlier versions write them after the
+    // restart. What this test is about does not depend on it, so it lets the markers be written first.
+    wait_for("the markers", || {
+        let seen = admin.group_offsets(&["e_copy"]).ok()?.pop()?.offsets.pop()?;
+        let ends = TopicReader::new(&config).read_partition(&TopicPartition::new(&*output, 0), &mut |_| {});
+        (seen.next == 100 && ends.is_ok()).then_some(())
+    });
     kafka.fault(Fault::Kill);
     (100..200).for_each(|token| send(token).expect("taken while Kafka is away"));
     let complaint = event(&mut source, "a complaint", |e| match e {
