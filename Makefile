@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint setup-run setup-test
+.PHONY: help run test chaos lint setup-run setup-test
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
@@ -14,6 +14,10 @@ run: setup-run ## Build and run the whole platform on this machine, with a simul
 test: setup-test lint ## Install what the tests need, then run format, lints and all tests on real components
 	cargo build --locked --workspace --all-targets
 	PATH="$(CURDIR)/target/venv/bin:$$PATH" cargo test --locked --workspace --no-fail-fast
+
+chaos: setup-test ## Kill roles and Kafka under load, then compare everything (10 minutes, not part of test)
+	cargo build --locked --workspace
+	cargo test --locked --package throughline-tests --features chaos --test killed_roles -- --test-threads=1
 
 lint: ## Check format and lints
 	cargo fmt --all --check

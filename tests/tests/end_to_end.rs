@@ -1,15 +1,14 @@
 //! The whole platform as its users meet it: one process, real Kafka, clients that we did not write.
 
 use serde_json::Value;
-use std::time::{Duration, Instant};
-use throughline_local::child::Fault;
-use throughline_local::kafka::{KafkaOptions, ManagedKafka};
+use std::time::Duration;
 use throughline_local::mosquitto::{ManagedMosquitto, MosquittoOptions};
 use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
 use throughline_local::scratch_dir;
 use throughline_tests::{Load, Platform, port_of, published, python, root, said, succeed, wait_for};
 
-const SOON: Duration = Duration::from_secs(20);
+/// Generous for a machine that runs other tests too; figures belong to the benchmarks.
+const SOON: Duration = Duration::from_secs(60);
 
 fn apply_demo_rule(platform: &Platform) {
     let rule = root().join("demo/rules/demo-overheat.toml");
@@ -197,28 +196,4 @@ fn a_schema_that_breaks_readers_and_a_misspelt_key_are_refused() {
     assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
     let text = said(&refused);
     assert!(text.contains("device.event.v1.toml:") && text.contains("`partitions`"), "{text}");
-}
-
-#[test]
-fn acknowledged_messages_survive_a_hung_and_a_killed_kafka() {
-    let kafka_dir = tempfile::tempdir().expect("a temporary directory can be made");
-    let options = KafkaOptions::new(kafka_dir.path().join("kafka"));
-    let mut kafka = ManagedKafka::start(options, &mut |_| {}).expect("Kafka starts");
-    let address = kafka.bootstrap();
-    let platform = Platform::up(&["--kafka", &address]);
-    apply_demo_rule(&platform);
-    let load = Load::new(13, 60_000, 600);
-    let publisher = load.publish(&platform.mqtt_port(), 1_200, platform.scratch().join("publish.log"));
-    std::thread::sleep(Duration::from_secs(5));
-    kafka.fault(Fault::Stop);
-    std::thread::sleep(Duration::from_secs(30));
-    kafka.fault(Fault::Continue);
-    std::thread::sleep(Duration::from_secs(5));
-    kafka.fault(Fault::Kill);
-    std::thread::sleep(Duration::from_secs(2));
-    kafka.restart().expect("Kafka starts again on its data");
-    let started = Instant::now();
-    published(publisher, Duration::from_secs(300));
-    load.check(&address, platform.endpoint("database"), &["--threshold", "90", "--redelivery"]);
-    assert!(started.elapsed() < Duration::from_secs(600));
 }

@@ -1,10 +1,12 @@
 //! Roles as processes of their own, killed at random under load: afterwards everything is exact.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use throughline_local::child::Fault;
+use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
 use throughline_local::scratch_dir;
 use throughline_tests::cluster::{Cluster, ROLES};
-use throughline_tests::{Load, published, root, said};
+use throughline_tests::{Load, Platform, published, root, said};
 
 /// A small generator whose seed the failing test prints (Vigna's splitmix64).
 fn next(state: &mut u64) -> u64 {
@@ -75,4 +77,28 @@ fn two_instances_of_a_role_share_its_partitions_and_keep_its_state() {
     if let Err(differences) = load.compare(&kafka, cluster.database(), &arguments) {
         panic!("{differences}\nthe roles said:\n{}", cluster.logs());
     }
+}
+
+#[test]
+fn acknowledged_messages_survive_a_hung_and_a_killed_kafka() {
+    let kafka_dir = tempfile::tempdir().expect("a temporary directory can be made");
+    let options = KafkaOptions::new(kafka_dir.path().join("kafka"));
+    let mut kafka = ManagedKafka::start(options, &mut |_| {}).expect("Kafka starts");
+    let address = kafka.bootstrap();
+    let platform = Platform::up(&["--kafka", &address]);
+    platform.done(&["rules", "apply", &root().join("demo/rules/demo-overheat.toml").display().to_string()]);
+    let load = Load::new(13, 60_000, 600);
+    let publisher = load.publish(&platform.mqtt_port(), 1_200, platform.scratch().join("publish.log"));
+    std::thread::sleep(Duration::from_secs(5));
+    kafka.fault(Fault::Stop);
+    std::thread::sleep(Duration::from_secs(30));
+    kafka.fault(Fault::Continue);
+    std::thread::sleep(Duration::from_secs(5));
+    kafka.fault(Fault::Kill);
+    std::thread::sleep(Duration::from_secs(2));
+    kafka.restart().expect("Kafka starts again on its data");
+    let started = Instant::now();
+    published(publisher, Duration::from_secs(300));
+    load.check(&address, platform.endpoint("database"), &["--threshold", "90", "--redelivery"]);
+    assert!(started.elapsed() < Duration::from_secs(600));
 }

@@ -8,7 +8,9 @@ use rdkafka::admin::{
     AdminClient, AdminOptions, ConfigSource, NewTopic as NewKafkaTopic, ResourceSpecifier, TopicReplication,
 };
 use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::{Offset, TopicPartitionList};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -349,4 +351,28 @@ fn is_passing(code: RDKafkaErrorCode) -> bool {
             | RDKafkaErrorCode::AllBrokersDown
             | RDKafkaErrorCode::NotController
     )
+}
+
+/// Commits offsets with their books for a group that has no members, as an operator decided.
+///
+/// # Errors
+/// [`Failure::Dependency`] when Kafka cannot be reached or refuses, as it does while the group has members.
+pub fn commit_for_group(
+    config: &KafkaConfig,
+    group: &str,
+    advances: &[throughline_runtime::ports::Advance],
+) -> Result<(), Failure> {
+    let client = config.reader(group);
+    let consumer: BaseConsumer<Logging> =
+        BaseConsumer::from_config_and_context(&client, Logging).map_err(|e| refused_config(&e))?;
+    let mut offsets = TopicPartitionList::new();
+    for advance in advances {
+        let TopicPartition { topic, partition } = &advance.partition;
+        let added = offsets.add_partition_offset(topic, *partition, Offset::Offset(advance.to));
+        added.map_err(|e| failure("cannot state an offset", &e))?;
+        let mut entry = offsets.find_partition(topic, *partition).expect("put in just before");
+        entry.set_metadata(advance.books.to_metadata());
+    }
+    let what = format!("cannot commit offsets of group `{group}`");
+    consumer.commit(&offsets, CommitMode::Sync).map_err(|e| failure(&what, &e))
 }

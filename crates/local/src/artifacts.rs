@@ -35,9 +35,11 @@ struct Set {
     goal: &'static str,
 }
 
+/// 4.2.0 and not 4.3.x: 4.3.0 and 4.3.1 lose the markers of a committed transaction when the broker is killed
+/// between commit and markers, after which offsets and readers hang for ever (KAFKA-20734).
 const KAFKA: Set = Set {
-    name: "kafka-4.3.1",
-    title: "Apache Kafka 4.3.1 (55 MB)",
+    name: "kafka-4.2.0",
+    title: "Apache Kafka 4.2.0 (55 MB)",
     pom: include_str!("kafka/pom.xml"),
     goal: "dependency:copy-dependencies",
 };
@@ -181,7 +183,7 @@ mod tests {
     #[test]
     fn what_is_there_is_not_downloaded_again() {
         let cache = crate::scratch_dir().unwrap();
-        let complete = cache.path().join(format!("kafka-4.3.1-{}", short_hash(KAFKA.pom)));
+        let complete = cache.path().join(format!("kafka-4.2.0-{}", short_hash(KAFKA.pom)));
         std::fs::create_dir(&complete).unwrap();
         let mut notices = 0;
         assert_eq!(fetch(&KAFKA, cache.path(), &mut |_| notices += 1).unwrap(), complete);

@@ -7,12 +7,11 @@ use crate::failure::{CliError, Exit};
 use crate::output;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use throughline_kafka::AckedProducer;
-use throughline_kafka::admin::Admin;
+use throughline_kafka::admin::{Admin, commit_for_group};
 use throughline_kafka::lag::LagProbe;
 use throughline_model::books::Books;
 use throughline_model::outcome::Outcome;
-use throughline_runtime::ports::{Advance, Outlet};
+use throughline_runtime::ports::Advance;
 use throughline_runtime::{Clock, WallClock};
 use uuid::Uuid;
 
@@ -171,14 +170,12 @@ fn adopt(context: &Context, group: &str, yes: bool) -> Result<Exit, CliError> {
     if members > 0 {
         return Err(CliError::failed(format!("`{group}` has {members} members: stop them first")));
     }
-    AckedProducer::new(&kafka).mirror(group, &foreign);
+    commit_for_group(&kafka, group, &foreign)?;
     let after = admin.group_offsets(&[group])?;
     let still =
         after.iter().flat_map(|g| &g.offsets).filter(|o| Books::from_metadata(&o.metadata).is_err()).count();
     if still > 0 {
-        return Err(CliError::failed(format!(
-            "{still} offsets of `{group}` could not be written; see the log above"
-        )));
+        return Err(CliError::failed(format!("{still} offsets of `{group}` are still foreign")));
     }
     Ok(Exit::Done)
 }

@@ -22,6 +22,8 @@ use throughline_runtime::{Clock, WallClock};
 const DEVICES: u64 = 1_000;
 /// Of so many readings one is hot enough to raise alerts, which the device's next one clears.
 const HOT_EACH: u64 = 9_973;
+/// How long new partitions may be without a leader.
+const ELECTION: Duration = Duration::from_secs(10);
 /// Different records that the plain producer writes again and again.
 pub const SAMPLES: u64 = 10_000;
 
@@ -86,11 +88,27 @@ impl Readings {
     }
 }
 
-/// Returns how many records a topic holds, which nothing was deleted from.
+/// Returns how many records a topic holds, which nothing was deleted from. Partitions that were made just
+/// now may have no leader for a moment.
+///
+/// # Errors
+/// Exit code 4 when Kafka does not say within some seconds.
 pub fn end(place: &Place, topic: &str) -> Result<i64, CliError> {
     let count = place.admin.topics()?.get(topic).copied().unwrap_or_default();
     let partitions: Vec<TopicPartition> = (0..count).map(|p| TopicPartition::new(topic, p)).collect();
-    Ok(place.admin.latest(&partitions)?.values().sum())
+    let deadline = Instant::now() + ELECTION;
+    loop {
+        match place.admin.latest(&partitions) {
+            Ok(ends) if ends.len() == partitions.len() => return Ok(ends.values().sum()),
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            _ if Instant::now() > deadline => {
+                return Err(CliError::unreachable(format!(
+                    "Kafka does not know every partition of `{topic}`"
+                )));
+            }
+            _ => std::thread::sleep(Duration::from_millis(100)),
+        }
+    }
 }
 
 /// Returns records for the plain producer, of the keys, values and headers that the bridge writes.
