@@ -13,7 +13,7 @@ run: setup-run ## Build and run the whole platform on this machine, with a simul
 
 test: setup-test lint ## Install what the tests need, then run format, lints and all tests on real components
 	cargo build --locked --workspace --all-targets
-	PATH="$(CURDIR)/target/venv/bin:$$PATH" cargo test --locked --workspace --no-fail-fast -- --test-threads=2
+	PATH="$(CURDIR)/target/venv/bin:$$PATH" cargo test --locked --workspace --no-fail-fast
 
 chaos: setup-test ## Kill roles and Kafka under load, then compare everything (10 minutes, not part of test)
 	cargo build --locked --workspace

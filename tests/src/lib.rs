@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a platform may take to be ready on a busy machine; it takes seconds on an idle one.
-const READY_WITHIN: Duration = Duration::from_secs(300);
+const READY_WITHIN: Duration = Duration::from_secs(90);
 
 /// Returns the repository's root.
 pub fn root() -> PathBuf {

@@ -46,7 +46,7 @@ pub struct Args {
 const PORTS: Ports = Ports { mqtt: 1883, kafka: 9092, registry: 8081, http: 9464 };
 
 /// How long the roles may take to work; seconds on an idle machine.
-const READY_WITHIN: Duration = Duration::from_secs(180);
+const READY_WITHIN: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy)]
 struct Ports {
