@@ -16,6 +16,7 @@ use state::{ApiError, State, Written};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_kafka::{AckedProducer, KafkaConfig, TopicReader};
 use throughline_model::record::Outbox;
@@ -28,6 +29,9 @@ pub const TOPIC: &str = "_schemas";
 
 /// Writes that wait for their turn; more are answered with 503.
 const QUEUE: usize = 64;
+/// How long a start waits for a topic that cannot be read yet.
+const READ_BACK_WITHIN: Duration = Duration::from_secs(30);
+const READ_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// A running registry. Dropping it stops it.
 #[derive(Debug)]
@@ -58,14 +62,7 @@ impl EmbeddedRegistry {
         writer: impl Outlet + Send + 'static,
     ) -> Result<Self, LocalError> {
         let mut state = State::default();
-        let read = reader.follow(TOPIC, &mut |batch| {
-            for record in batch.iter() {
-                if let Some(key) = record.key {
-                    state.apply(key, record.value);
-                }
-            }
-        });
-        read.map_err(|error| unusable(&error))?;
+        read_back(&mut reader, &mut state)?;
         drop(reader);
         let state = Arc::new(RwLock::new(state));
 
@@ -105,6 +102,25 @@ impl EmbeddedRegistry {
     /// Returns the base address of the API.
     pub fn url(&self) -> String {
         format!("http://{}", self.addr)
+    }
+}
+
+/// Reads the topic to its end. A broker that comes back after a hard kill first answers with errors that
+/// pass, such as an unknown leader epoch: `follow` goes on where it stopped.
+fn read_back(reader: &mut impl TableReader, state: &mut State) -> Result<(), LocalError> {
+    let limit = Instant::now() + READ_BACK_WITHIN;
+    loop {
+        let read = reader.follow(TOPIC, &mut |batch| {
+            for record in batch.iter() {
+                if let Some(key) = record.key {
+                    state.apply(key, record.value);
+                }
+            }
+        });
+        match read {
+            Err(Failure::Dependency { .. }) if Instant::now() < limit => std::thread::sleep(READ_AGAIN_AFTER),
+            other => return other.map_err(|error| unusable(&error)),
+        }
     }
 }
 
