@@ -44,6 +44,11 @@ impl Signals {
         self.health.turned();
     }
 
+    /// Says how far each table was taken: the next offset by `topic/partition`.
+    pub(crate) fn tables(&self, taken: &std::collections::BTreeMap<String, i64>) {
+        self.health.note("tables", json!(taken));
+    }
+
     /// Says that the member does its job; one without partitions does too.
     pub(crate) fn ready(&mut self) {
         if !std::mem::replace(&mut self.ready, true) {

@@ -5,7 +5,7 @@ use crate::clock::elapsed;
 use crate::ports::{Failure, SchemaSource, TableReader};
 use crate::schemas::Schemas;
 use crate::signals::Signals;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use throughline_model::outcome::Outcome;
 use throughline_model::record::Batch;
@@ -22,6 +22,8 @@ pub(crate) struct Tables {
     followed_at: Option<Timestamp>,
     /// Batches behind one whose schema is not resolved yet, in order.
     backlog: VecDeque<Batch>,
+    /// The next offset of each partition after what the stage has taken, for the status page.
+    taken: BTreeMap<String, i64>,
 }
 
 impl Tables {
@@ -50,6 +52,7 @@ impl Tables {
             reader.follow(topic, &mut |batch| {
                 if self.backlog.is_empty() && schemas.are_known(batch) {
                     apply(stage, batch, schemas, signals);
+                    note_taken(&mut self.taken, batch, signals);
                 } else {
                     self.backlog.push_back(batch.clone());
                 }
@@ -59,10 +62,19 @@ impl Tables {
         while let Some(batch) = self.backlog.front() {
             schemas.resolve(batch, now)?;
             apply(stage, batch, schemas, signals);
+            note_taken(&mut self.taken, batch, signals);
             self.backlog.pop_front();
         }
         self.complete = true;
         Ok(())
+    }
+}
+
+/// Says in the status how far the tables are in force here, so that whoever changed one can wait for it.
+fn note_taken(taken: &mut BTreeMap<String, i64>, batch: &Batch, signals: &Signals) {
+    if let Some(last) = batch.iter().last() {
+        taken.insert(batch.source.to_string(), last.offset + 1);
+        signals.tables(taken);
     }
 }
 

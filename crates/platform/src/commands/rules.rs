@@ -6,14 +6,16 @@ use crate::config::Flags;
 use crate::context::Context;
 use crate::failure::{CliError, Exit};
 use crate::{output, records};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use throughline_kafka::TopicReader;
+use throughline_kafka::browse::end_offsets;
 use throughline_model::envelope::{Enveloped, IDENTITY_NONE, RuleRecord};
 use throughline_model::ids::TraceId;
-use throughline_model::record::Outbox;
+use throughline_model::record::{Outbox, TopicPartition};
 use throughline_model::rules::{RuleDefinition, RuleSet};
 use throughline_model::stage::traceparent;
 use throughline_model::time::Timestamp;
@@ -21,6 +23,11 @@ use throughline_model::topics::SERVICE_PLATFORM_RULE_V1;
 use throughline_runtime::ports::TableReader;
 use throughline_runtime::{Clock, WallClock};
 use uuid::Uuid;
+
+/// How long a rule may take from Kafka into force; a tenth of a second is usual.
+const TAKEN_WITHIN: Duration = Duration::from_secs(10);
+/// How long the status page may take to answer.
+const ASK_WITHIN: Duration = Duration::from_secs(1);
 
 /// Arguments of `rules`.
 #[derive(clap::Args)]
@@ -107,7 +114,36 @@ pub fn apply(context: &Context, sources: &[(String, String)]) -> Result<Exit, Cl
     for line in put_in_force(context, sources)? {
         output::progress(&line);
     }
+    wait_until_taken(context)?;
     Ok(Exit::Done)
+}
+
+/// Waits until the `evaluate_rules` that this command can see has taken every rule, so that a reading
+/// published afterwards meets them. Members elsewhere take a rule within moments, which is said.
+fn wait_until_taken(context: &Context) -> Result<(), CliError> {
+    let ends = end_offsets(&context.kafka(), SERVICE_PLATFORM_RULE_V1)?;
+    let agent = ureq::Agent::config_builder().timeout_global(Some(ASK_WITHIN)).build().new_agent();
+    let url = format!("http://{}/v1/status", context.config.http.listen);
+    let limit = Instant::now() + TAKEN_WITHIN;
+    loop {
+        let status =
+            agent.get(&url).call().ok().and_then(|mut answer| answer.body_mut().read_json::<Value>().ok());
+        let role = status.as_ref().and_then(|s| s["roles"].get("evaluate_rules"));
+        let Some(role) = role else {
+            output::notice("in Kafka; no evaluate_rules answers here, its members take it within moments");
+            return Ok(());
+        };
+        let taken = |p: &TopicPartition| role["notes"]["tables"][p.to_string()].as_i64().unwrap_or(0);
+        if ends.iter().all(|(partition, end)| taken(partition) >= *end) {
+            return Ok(());
+        }
+        if Instant::now() > limit {
+            return Err(CliError::failed(format!(
+                "the rules are in Kafka, but evaluate_rules has not taken them within {TAKEN_WITHIN:?}: `throughline doctor`"
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// As [`apply`], without printing.
@@ -218,7 +254,7 @@ fn list(flags: &Flags) -> Result<Exit, CliError> {
     let rules = in_force(&context)?;
     let parsed = rules.values().map(|rule| (rule, RuleDefinition::parse(&rule.rule_id, &rule.definition)));
     if flags.json {
-        let rules: Vec<serde_json::Value> = parsed
+        let rules: Vec<Value> = parsed
             .map(|(rule, definition)| {
                 json!({
                     "id": rule.rule_id, "version": rule.rule_version, "enabled": rule.enabled,
@@ -251,6 +287,7 @@ fn switch(flags: &Flags, id: &str, enabled: bool) -> Result<Exit, CliError> {
         return Ok(Exit::Done);
     }
     publish(&context, &[record(id, rule.rule_version + 1, enabled, &rule.definition)])?;
+    wait_until_taken(&context)?;
     Ok(Exit::Done)
 }
 
