@@ -4,7 +4,7 @@
 use crate::config::KafkaConfig;
 use crate::context::{Logging, log_error, log_line};
 use crate::failure::{dependency, failure, refused_config};
-use crate::message::produce as hand_over;
+use crate::message::{produce as hand_over, serve};
 use crate::tail::Tail;
 use rdkafka::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
@@ -76,7 +76,7 @@ pub fn produce(
                 Err(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull))
                     if begun.elapsed() < limit =>
                 {
-                    producer.poll(Duration::from_millis(1));
+                    serve(&producer);
                 }
                 Err(error) => return Err(failure("cannot write the plain records", &error)),
             }

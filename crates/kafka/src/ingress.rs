@@ -3,7 +3,7 @@
 use crate::config::KafkaConfig;
 use crate::context::{log_error, log_line};
 use crate::failure::refused_config;
-use crate::message::produce;
+use crate::message::{produce, serve as serve_once};
 use parking_lot::RwLock;
 use rdkafka::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
@@ -195,6 +195,6 @@ fn end(producer: &BaseProducer<Deliveries>) {
     producer.purge(PurgeConfig::default().queue().inflight());
     let deadline = Instant::now() + LAST_REPORTS;
     while producer.in_flight_count() > 0 && Instant::now() < deadline {
-        producer.poll(Duration::from_millis(1));
+        serve_once(producer);
     }
 }

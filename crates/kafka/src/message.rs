@@ -2,9 +2,10 @@
 
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Header, Message, OwnedHeaders, Timestamp as Stamp};
-use rdkafka::producer::{BaseProducer, BaseRecord, ProducerContext};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::util::IntoOpaque;
+use std::time::Duration;
 use throughline_model::record::{Batch, Outgoing, TopicPartition};
 use throughline_model::time::Timestamp;
 
@@ -38,6 +39,21 @@ where
     out.payload = record.value;
     out.headers = owned_headers(record);
     producer.send(out).map_err(|(error, _)| error)
+}
+
+/// A pause where a producer has nothing to report: short beside a round trip to the broker.
+const PAUSE: Duration = Duration::from_micros(250);
+
+/// Serves what a producer has to report, and sleeps for a moment where that was nothing.
+///
+/// rdkafka's `poll` keeps calling librdkafka until its time is over, and librdkafka counts in milliseconds:
+/// the last one of every `poll` is spent spinning.
+pub(crate) fn serve<C: ProducerContext>(producer: &BaseProducer<C>) {
+    let before = producer.in_flight_count();
+    producer.poll(Duration::ZERO);
+    if producer.in_flight_count() == before {
+        std::thread::sleep(PAUSE);
+    }
 }
 
 fn owned_headers(record: Outgoing<'_>) -> Option<OwnedHeaders> {

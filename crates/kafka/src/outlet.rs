@@ -3,7 +3,7 @@
 use crate::config::KafkaConfig;
 use crate::context::{log_error, log_line};
 use crate::failure::{by_code, dependency, failure, refused_config};
-use crate::message::produce;
+use crate::message::{produce, serve};
 use crate::source::Membership;
 use parking_lot::Mutex;
 use rdkafka::ClientContext;
@@ -18,8 +18,6 @@ use throughline_runtime::ports::{Advance, Failure, Outlet};
 /// How long a record may wait for its acknowledgement: three leader elections, and a caller that still
 /// hears of the outage while it matters.
 const ACK_TIMEOUT: Duration = Duration::from_secs(30);
-/// One slice of waiting; rdkafka's `poll(t)` always runs the full t.
-const SLICE: Duration = Duration::from_millis(1);
 
 #[derive(Default)]
 struct Deliveries {
@@ -97,7 +95,7 @@ impl Outlet for AckedProducer {
                 match produce(producer, record, ()) {
                     Ok(()) => break,
                     Err(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull)) => {
-                        producer.poll(SLICE);
+                        serve(producer);
                         if Instant::now() > deadline {
                             return Err(dependency("the producer's queue stayed full"));
                         }
@@ -109,7 +107,7 @@ impl Outlet for AckedProducer {
             }
         }
         while producer.in_flight_count() > 0 {
-            producer.poll(SLICE);
+            serve(producer);
             if Instant::now() > deadline {
                 return Err(dependency(format!("no acknowledgement within {} s", ACK_TIMEOUT.as_secs())));
             }

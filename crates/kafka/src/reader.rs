@@ -4,6 +4,7 @@ use crate::config::{KafkaConfig, STABLE_TIMEOUT};
 use crate::failure::dependency;
 use crate::tail::{Tail, Tailed};
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use throughline_kafka_ffi::OffsetSpec;
 use throughline_model::record::{Batch, TopicPartition};
@@ -21,8 +22,8 @@ struct Followed {
 /// Reads tables for one stage; blocking, but for `follow` after its first call.
 pub struct TopicReader {
     config: KafkaConfig,
-    /// The reader of the topic restored last: partitions of one topic are mostly restored in a row.
-    restoring: Option<(String, Tail)>,
+    /// The reader of the topic restored last: a stage has one changelog.
+    restoring: Option<(Arc<str>, Tail)>,
     followed: HashMap<String, Followed>,
 }
 
@@ -45,41 +46,34 @@ impl TopicReader {
 }
 
 impl TableReader for TopicReader {
-    fn read_partition(
+    fn read_partitions(
         &mut self,
-        partition: &TopicPartition,
+        topic: &Arc<str>,
+        partitions: &[i32],
         each: &mut dyn FnMut(&Batch),
     ) -> Result<(), Failure> {
-        let kept = self.restoring.take().filter(|(topic, _)| **topic == *partition.topic);
-        let (topic, mut tail) = match kept {
-            Some(kept) => kept,
-            None => (partition.topic.to_string(), Tail::new(&self.config, &partition.topic, true)?),
+        let kept = self.restoring.take().filter(|(kept, _)| kept == topic);
+        let mut tail = match kept {
+            Some((_, tail)) => tail,
+            None => Tail::new(&self.config, topic, true)?,
         };
-        let number = partition.partition;
-        let ends = tail.settled_ends(&[number], STABLE_TIMEOUT)?;
-        let begins = tail.bounds(&[number], OffsetSpec::Earliest, false)?;
-        let (begin, end) = (bound(&begins, partition)?, bound(&ends, partition)?);
-        if begin < end {
-            tail.assign(&[(number, begin)])?;
-            let mut deadline = Instant::now() + PROGRESS_TIMEOUT;
-            loop {
-                match tail.poll(Duration::from_millis(100))? {
-                    Tailed::Records(batch) => {
-                        deadline = Instant::now() + PROGRESS_TIMEOUT;
-                        let last = batch.get(batch.len() - 1).offset;
-                        each(&batch);
-                        if last + 1 >= end {
-                            break;
-                        }
-                    }
-                    Tailed::End(_) => break,
-                    Tailed::Nothing if Instant::now() > deadline => return Err(stalled(partition)),
-                    Tailed::Nothing => {}
-                }
+        let ends = tail.settled_ends(partitions, STABLE_TIMEOUT)?;
+        let begins = tail.bounds(partitions, OffsetSpec::Earliest, false)?;
+        let mut behind = HashMap::new();
+        let mut from = Vec::new();
+        for number in partitions {
+            let (begin, end) = (bound(&begins, topic, *number)?, bound(&ends, topic, *number)?);
+            if begin < end {
+                behind.insert(*number, end);
+                from.push((*number, begin));
             }
+        }
+        if !from.is_empty() {
+            tail.assign(&from)?;
+            read_to(&mut tail, topic, behind, each)?;
             tail.assign(&[])?;
         }
-        self.restoring = Some((topic, tail));
+        self.restoring = Some((Arc::clone(topic), tail));
         Ok(())
     }
 
@@ -111,9 +105,40 @@ impl TableReader for TopicReader {
     }
 }
 
-fn bound(bounds: &HashMap<i32, i64>, partition: &TopicPartition) -> Result<i64, Failure> {
-    let found = bounds.get(&partition.partition).copied();
-    found.ok_or_else(|| dependency(format!("Kafka does not state the bounds of {partition}")))
+/// Reads until every partition of `behind` reached the end stated there.
+fn read_to(
+    tail: &mut Tail,
+    topic: &Arc<str>,
+    mut behind: HashMap<i32, i64>,
+    each: &mut dyn FnMut(&Batch),
+) -> Result<(), Failure> {
+    let mut deadline = Instant::now() + PROGRESS_TIMEOUT;
+    while let Some(waiting) = behind.keys().next() {
+        match tail.poll(Duration::from_millis(100))? {
+            Tailed::Records(batch) => {
+                deadline = Instant::now() + PROGRESS_TIMEOUT;
+                let last = batch.get(batch.len() - 1).offset;
+                each(&batch);
+                let number = batch.source.partition;
+                if behind.get(&number).is_some_and(|end| last + 1 >= *end) {
+                    behind.remove(&number);
+                }
+            }
+            Tailed::End(number) => {
+                behind.remove(&number);
+            }
+            Tailed::Nothing if Instant::now() > deadline => {
+                return Err(stalled(&TopicPartition { topic: Arc::clone(topic), partition: *waiting }));
+            }
+            Tailed::Nothing => {}
+        }
+    }
+    Ok(())
+}
+
+fn bound(bounds: &HashMap<i32, i64>, topic: &str, partition: i32) -> Result<i64, Failure> {
+    let found = bounds.get(&partition).copied();
+    found.ok_or_else(|| dependency(format!("Kafka does not state the bounds of {topic}/{partition}")))
 }
 
 fn stalled(partition: &TopicPartition) -> Failure {

@@ -139,15 +139,19 @@ impl Tail {
     ) -> Result<HashMap<i32, i64>, Failure> {
         let what = format!("cannot ask for the bounds of `{}`", self.topic);
         let asked: Vec<_> = partitions.iter().map(|p| (&*self.topic, *p)).collect();
-        let found = list_offsets(self.consumer.client(), &asked, spec, committed_only, REQUEST_TIMEOUT);
-        let mut bounds = HashMap::new();
-        for entry in found.map_err(|e| ffi_failure(&what, &e))? {
-            if let Some(code) = entry.error {
-                return Err(by_code(&what, code, &code.to_string()));
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        loop {
+            let found = list_offsets(self.consumer.client(), &asked, spec, committed_only, REQUEST_TIMEOUT);
+            let found = found.map_err(|e| ffi_failure(&what, &e))?;
+            match found.iter().find_map(|entry| entry.error) {
+                None => return Ok(found.into_iter().map(|entry| (entry.partition, entry.offset)).collect()),
+                // Right after a topic was made, or while its leader changes.
+                Some(code) if is_leaderless(code) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                Some(code) => return Err(by_code(&what, code, &code.to_string())),
             }
-            bounds.insert(entry.partition, entry.offset);
         }
-        Ok(bounds)
     }
 
     /// Returns the high watermarks as of now, once nothing below them belongs to an open transaction.
@@ -177,6 +181,12 @@ impl Tail {
             }
         }
     }
+}
+
+/// Says whether a partition waits for a leader, which takes moments.
+fn is_leaderless(code: RDKafkaErrorCode) -> bool {
+    use RDKafkaErrorCode::{LeaderNotAvailable, NotLeaderForPartition};
+    matches!(code, NotLeaderForPartition | LeaderNotAvailable)
 }
 
 /// Says whether librdkafka goes on by itself after an error.

@@ -16,7 +16,7 @@ use crate::signals::{Notes, Signals};
 use crate::tables::Tables;
 use crate::timers::Timers;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::catalog::replay_topic;
@@ -289,8 +289,7 @@ where
         Ok(())
     }
 
-    /// Reads the tables first; then activates complete tasks, one a turn, so that the source is polled in
-    /// between.
+    /// Reads the tables first; then activates the tasks that are complete.
     fn set_up(&mut self) -> Result<(), Stopped> {
         let now = self.clock.now();
         if !self.setup.is_due(now) {
@@ -298,9 +297,10 @@ where
         }
         let followed =
             self.tables.follow(&mut self.stage, &mut self.reader, &mut self.schemas, &self.signals, now);
-        let done = followed.and_then(|()| match self.next_complete() {
-            Some(number) if self.tables.are_complete() => self.activate(number),
-            _ => Ok(()),
+        let complete = self.complete();
+        let done = followed.and_then(|()| match self.tables.are_complete() && !complete.is_empty() {
+            true => self.activate(&complete),
+            false => Ok(()),
         });
         match done {
             Ok(()) => {
@@ -321,21 +321,22 @@ where
         }
     }
 
-    /// Returns the first task that is complete and not active.
-    fn next_complete(&self) -> Option<i32> {
-        let numbers = self.lanes.values().filter(|lane| !lane.active).map(|lane| lane.source.partition);
-        let mut numbers = numbers.filter(|number| !self.tasks.contains_key(number));
-        numbers.find(|number| {
-            let owned = |topic: &Arc<str>| {
-                self.lanes.contains_key(&TopicPartition { topic: Arc::clone(topic), partition: *number })
-            };
-            self.topics.iter().all(owned)
-        })
+    /// Returns the tasks that are complete and not active.
+    fn complete(&self) -> Vec<i32> {
+        let waiting = self.lanes.values().filter(|lane| !lane.active).map(|lane| lane.source.partition);
+        let numbers: BTreeSet<i32> = waiting.filter(|number| !self.tasks.contains_key(number)).collect();
+        let owned = |number: &i32| {
+            let named = |topic: &Arc<str>| partition_of(topic, *number);
+            self.topics.iter().all(|topic| self.lanes.contains_key(&named(topic)))
+        };
+        numbers.into_iter().filter(owned).collect()
     }
 
-    fn activate(&mut self, number: i32) -> Result<(), Failure> {
-        let name = |topic: &Arc<str>| TopicPartition { topic: Arc::clone(topic), partition: number };
-        let partitions: Vec<_> = self.topics.iter().map(name).collect();
+    /// Positions, state and delivery of several tasks with one request for each: a seek alone takes 0.4 s,
+    /// however many partitions it names.
+    fn activate(&mut self, numbers: &[i32]) -> Result<(), Failure> {
+        let of_task = |number| self.topics.iter().map(move |topic| partition_of(topic, number));
+        let partitions: Vec<_> = numbers.iter().flat_map(|number| of_task(*number)).collect();
         // The committed positions come first: they wait for open transactions, whose state changes the
         // restore must see.
         let positions = self.source.committed(&partitions)?;
@@ -343,18 +344,21 @@ where
             let lane = self.lanes.get_mut(partition).expect("the task is complete");
             lane.position(self.spec.group, found)?;
         }
-        let states = self.restore(number)?;
-        let timers = Timers::of(&states, |state| self.stage.due_at(state));
+        let restored = self.restore(numbers)?;
         let starts: Vec<_> = partitions.iter().map(|p| (p.clone(), self.lanes[p].next)).collect();
         self.source.start(&starts)?;
-        tracing::info!(
-            stage = self.spec.group,
-            partition = number,
-            keys = states.len(),
-            positions = %starts.iter().map(|(p, next)| format!("{p}@{next}")).collect::<Vec<_>>().join(" "),
-            "a task begins"
-        );
-        self.tasks.insert(number, Task { states, timers });
+        for (number, states) in restored {
+            let timers = Timers::of(&states, |state| self.stage.due_at(state));
+            let positions = starts.iter().filter(|(p, _)| p.partition == number);
+            tracing::info!(
+                stage = self.spec.group,
+                partition = number,
+                keys = states.len(),
+                positions = %positions.map(|(p, next)| format!("{p}@{next}")).collect::<Vec<_>>().join(" "),
+                "a task begins"
+            );
+            self.tasks.insert(number, Task { states, timers });
+        }
         let mut resumed = Vec::new();
         for partition in partitions {
             let lane = self.lanes.get_mut(&partition).expect("the task is complete");
@@ -369,18 +373,18 @@ where
         Ok(())
     }
 
-    fn restore(&mut self, number: i32) -> Result<Keyed<D::State>, Failure> {
-        let mut states = Keyed::default();
+    fn restore(&mut self, numbers: &[i32]) -> Result<BTreeMap<i32, Keyed<D::State>>, Failure> {
+        let mut states: BTreeMap<_, _> = numbers.iter().map(|number| (*number, Keyed::default())).collect();
         let Some(topic) = &self.changelog else { return Ok(states) };
-        let partition = TopicPartition { topic: Arc::clone(topic), partition: number };
         let now = self.clock.now();
         let mut result = Ok(());
-        self.reader.read_partition(&partition, &mut |batch| {
+        self.reader.read_partitions(topic, numbers, &mut |batch| {
             if result.is_ok() {
                 result = self.schemas.resolve(batch, now);
             }
             if result.is_ok() {
-                result = restore_batch(batch, self.schemas.codec(), &mut states);
+                let states = states.get_mut(&batch.source.partition).expect("only these are read");
+                result = restore_batch(batch, self.schemas.codec(), states);
             }
         })?;
         result.map(|()| states)
@@ -681,7 +685,7 @@ where
         if self.needs_reset {
             return wait.min(self.recovery.remaining(now));
         }
-        if !self.tables.are_complete() || self.next_complete().is_some() {
+        if !self.tables.are_complete() || !self.complete().is_empty() {
             wait = wait.min(self.setup.remaining(now));
         }
         if let Some(since) = self.pending.since {
@@ -743,6 +747,10 @@ fn flush<T: Transactions>(
         effects.outbox_mut().clear();
     }
     Ok(())
+}
+
+fn partition_of(topic: &Arc<str>, partition: i32) -> TopicPartition {
+    TopicPartition { topic: Arc::clone(topic), partition }
 }
 
 fn restore_batch<S: KeyedState>(batch: &Batch, codec: &Codec, states: &mut Keyed<S>) -> Result<(), Failure> {

@@ -1,5 +1,6 @@
 //! The ports between the loops and the world. Each is owned by one thread and called in blocking style.
 
+use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::books::Books;
 use throughline_model::record::{Batch, Outbox, TopicPartition};
@@ -153,16 +154,18 @@ pub trait Transactions {
     fn reset(&mut self) -> Result<(), Failure>;
 }
 
-/// Reads a compacted topic's partition from its beginning to the end it had when asked, committed data
-/// only, open transactions awaited.
+/// Reads compacted topics from their beginning to the end they had when asked, committed data only, open
+/// transactions awaited.
 pub trait TableReader {
-    /// Passes every record of the partition in order, tombstones included.
+    /// Passes every record of the partitions of `topic`, tombstones included: each partition in order, the
+    /// partitions among each other in none.
     ///
     /// # Errors
     /// [`Failure::Dependency`]; what was passed before must then be discarded.
-    fn read_partition(
+    fn read_partitions(
         &mut self,
-        partition: &TopicPartition,
+        topic: &Arc<str>,
+        partitions: &[i32],
         each: &mut dyn FnMut(&Batch),
     ) -> Result<(), Failure>;
 

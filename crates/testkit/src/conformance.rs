@@ -248,9 +248,8 @@ fn values(source: &mut dyn Source, count: usize) -> Vec<String> {
 
 fn outputs(reader: &mut dyn TableReader, topic: &str) -> Vec<String> {
     let mut values = Vec::new();
-    let partition = TopicPartition::new(topic, 0);
     reader
-        .read_partition(&partition, &mut |batch| {
+        .read_partitions(&topic.into(), &[0], &mut |batch| {
             let text = |v: Option<&[u8]>| String::from_utf8_lossy(v.unwrap_or_default()).into_owned();
             values.extend(batch.iter().map(|record| text(record.value)));
         })

@@ -132,22 +132,26 @@ impl MemoryTables {
 }
 
 impl TableReader for MemoryTables {
-    fn read_partition(
+    fn read_partitions(
         &mut self,
-        partition: &TopicPartition,
+        topic: &Arc<str>,
+        partitions: &[i32],
         each: &mut dyn FnMut(&Batch),
     ) -> Result<(), Failure> {
         self.cluster.faults().pass(Point::Restore)?;
-        let mut inner = self.cluster.lock();
-        let (records, next, _) = inner.read(&partition.topic, partition.partition, 0, usize::MAX);
-        if next < inner.end_of(&partition.topic, partition.partition) {
-            let message = format!("{partition} has an open transaction");
-            return Err(Failure::Dependency { dependency: "kafka", message });
-        }
-        drop(inner);
-        // In small batches, as a consumer gets them.
-        for records in records.chunks(7) {
-            each(&to_batch(partition, records));
+        for number in partitions {
+            let partition = TopicPartition { topic: Arc::clone(topic), partition: *number };
+            let mut inner = self.cluster.lock();
+            let (records, next, _) = inner.read(topic, *number, 0, usize::MAX);
+            if next < inner.end_of(topic, *number) {
+                let message = format!("{partition} has an open transaction");
+                return Err(Failure::Dependency { dependency: "kafka", message });
+            }
+            drop(inner);
+            // In small batches, as a consumer gets them.
+            for records in records.chunks(7) {
+                each(&to_batch(&partition, records));
+            }
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use throughline_kafka::{
 use throughline_local::child::Fault;
 use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_model::books::Books;
-use throughline_model::record::{Headers, Outbox, Outgoing, Record, TopicPartition};
+use throughline_model::record::{Headers, Outbox, Outgoing, Record};
 use throughline_runtime::ports::{
     Advance, Failure, Ingress, Outlet, PipelineEvent, Source, TableReader, Transactions,
 };
@@ -65,7 +65,7 @@ fn a_broker_that_is_killed_and_comes_back_costs_time_and_nothing_else() {
     // restart. What this test is about does not depend on it, so it lets the markers be written first.
     wait_for("the markers", || {
         let seen = admin.group_offsets(&["e_copy"]).ok()?.pop()?.offsets.pop()?;
-        let ends = TopicReader::new(&config).read_partition(&TopicPartition::new(&*output, 0), &mut |_| {});
+        let ends = TopicReader::new(&config).read_partitions(&(*output).into(), &[0], &mut |_| {});
         (seen.next == 100 && ends.is_ok()).then_some(())
     });
     kafka.fault(Fault::Kill);

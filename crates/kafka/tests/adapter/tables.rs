@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use throughline_kafka::browse::end_offsets;
 use throughline_kafka::{GroupSource, TopicReader, TransactionalProducer};
-use throughline_model::record::{Batch, Outbox, TopicPartition};
+use throughline_model::record::{Batch, Outbox};
 use throughline_runtime::ports::{Failure, PipelineEvent, Source, TableReader, Transactions};
 
 #[test]
@@ -31,8 +31,7 @@ fn a_table_is_read_to_the_end_it_had_and_open_transactions_are_awaited() {
     writer.reset().expect("ends the open transaction");
     let read = |partition| {
         let mut values = Vec::new();
-        let partition = TopicPartition::new(&*table, partition);
-        let read = TopicReader::new(&config).read_partition(&partition, &mut |b| values.extend(text(b)));
+        let read = TopicReader::new(&config).read_partitions(&(*table).into(), &[partition], &mut |b| values.extend(text(b)));
         read.map(|()| values)
     };
     assert_eq!(read(0).expect("reads"), ["committed"]);
