@@ -148,7 +148,11 @@ fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), 
     let spec = stage.spec().clone();
     let kafka = context.kafka();
     let topics = subscription(&spec, false);
-    let say = |dependency, message: &str| health.dependency(dependency, false, message);
+    let say = |dependency, message: &str| {
+        // Waiting is not being stuck.
+        health.turned();
+        health.dependency(dependency, false, message);
+    };
     let Some(options) = context.until_available(say, || store_options(context, &topics))? else {
         return Ok(());
     };

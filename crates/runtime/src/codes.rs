@@ -59,9 +59,9 @@ pub const CODES: &[Code] = &[
     },
     Code {
         id: "TL-KAFKA-010",
-        title: "a position lies past the end of its partition",
-        explanation: "The topic was made anew under the same name or lost data. Going on from another \
-                      position would skip or repeat records, so nothing is delivered.",
+        title: "a position does not exist any more",
+        explanation: "The topic was made anew under the same name, or a broker came back with less than it \
+                      had acknowledged. Going on would skip or repeat records, so the stage stops.",
         remedy: "`throughline groups show <group>` shows the positions. When the topic was made anew on \
                  purpose, reset the group's offsets with Kafka's own tool and accept them with \
                  `throughline groups adopt <group>`.",

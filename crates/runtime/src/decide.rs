@@ -97,6 +97,8 @@ pub struct DecideLoop<D: Decide, S, T, R, Q> {
     needs_reset: bool,
     recovery: Backoff,
     setup: Backoff,
+    /// The last task whose activation failed, alone or with others, while tasks wait.
+    failed_last: Option<i32>,
     reachable: Reach,
     pending: Pending,
 }
@@ -154,6 +156,7 @@ where
             needs_reset: true,
             recovery: backoff(),
             setup: backoff(),
+            failed_last: None,
             reachable: Reach::Yes,
             pending: Pending::default(),
             stage,
@@ -222,6 +225,7 @@ where
                 }
             }
             PipelineEvent::Overtaken { partition, from, to } => self.overtaken(&partition, from, to)?,
+            PipelineEvent::Stop { code, message } => return Err(self.stopped(code, message)),
             PipelineEvent::Idle => {}
             PipelineEvent::Unavailable(message) => {
                 self.signals.failed(&Failure::Dependency { dependency: "kafka", message });
@@ -295,13 +299,18 @@ where
         if !self.setup.is_due(now) {
             return Ok(());
         }
-        let followed =
+        let mut done =
             self.tables.follow(&mut self.stage, &mut self.reader, &mut self.schemas, &self.signals, now);
-        let complete = self.complete();
-        let done = followed.and_then(|()| match self.tables.are_complete() && !complete.is_empty() {
-            true => self.activate(&complete),
-            false => Ok(()),
-        });
+        let chosen = self.to_activate();
+        if done.is_ok() && self.tables.are_complete() && !chosen.is_empty() {
+            // A restore may take long: what the running tasks did must not wait for it.
+            self.commit_now()?;
+            if self.needs_reset {
+                return Ok(());
+            }
+            done = self.activate(&chosen);
+            self.failed_last = done.is_err().then_some(chosen[chosen.len() - 1]).or(self.failed_last);
+        }
         match done {
             Ok(()) => {
                 if self.setup.has_failed() {
@@ -330,6 +339,20 @@ where
             self.topics.iter().all(|topic| self.lanes.contains_key(&named(topic)))
         };
         numbers.into_iter().filter(owned).collect()
+    }
+
+    /// Returns the tasks to activate next: all that are complete or, after a failure and until none waits,
+    /// one at a time, so that a partition which cannot be restored does not hold up the others.
+    fn to_activate(&mut self) -> Vec<i32> {
+        let mut complete = self.complete();
+        if complete.is_empty() {
+            self.failed_last = None;
+        }
+        if let Some(failed) = self.failed_last {
+            let following = complete.partition_point(|number| *number <= failed) % complete.len();
+            complete = vec![complete[following]];
+        }
+        complete
     }
 
     /// Positions, state and delivery of several tasks with one request for each: a seek alone takes 0.4 s,
@@ -378,7 +401,10 @@ where
         let Some(topic) = &self.changelog else { return Ok(states) };
         let now = self.clock.now();
         let mut result = Ok(());
+        let (source, signals) = (&mut self.source, &self.signals);
         self.reader.read_partitions(topic, numbers, &mut |batch| {
+            source.keep_alive();
+            signals.turned();
             if result.is_ok() {
                 result = self.schemas.resolve(batch, now);
             }

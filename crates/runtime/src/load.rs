@@ -214,6 +214,9 @@ where
                 }
             }
             PipelineEvent::Overtaken { partition, from, to } => self.overtaken(partition, from, to),
+            PipelineEvent::Stop { code, message } => {
+                return Err(Stopped { stage: self.spec.group, code, message });
+            }
             PipelineEvent::Idle => {}
             PipelineEvent::Unavailable(message) => {
                 self.signals.failed(&Failure::Dependency { dependency: "kafka", message });

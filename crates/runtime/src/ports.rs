@@ -33,6 +33,14 @@ pub enum PipelineEvent {
     Idle,
     /// The source cannot deliver now; it goes on trying with bounded back-off and says so once.
     Unavailable(String),
+    /// A partition does not hold what was read of it: a person must decide how to go on. It delivers nothing
+    /// any more.
+    Stop {
+        /// The code that `throughline explain` describes.
+        code: &'static str,
+        /// What, where, why, and the command that helps.
+        message: String,
+    },
 }
 
 /// Where a partition goes on, with its books.
@@ -60,6 +68,9 @@ pub enum BooksFound {
 pub trait Source {
     /// Waits at most `wait` for the next event. Must be called often, also while partitions are paused.
     fn poll(&mut self, wait: Duration) -> PipelineEvent;
+
+    /// Keeps the membership alive during work that lasts; what happens meanwhile is told by the next polls.
+    fn keep_alive(&mut self);
 
     /// Returns the committed position of each partition, waiting for open transactions that hold offsets
     /// (`require_stable`, KIP-447). `next` is −1 where nothing is committed and the partition's earliest

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// A role whose loop has not turned for this long is stuck. It is longer than any single blocking call of a
-/// loop: producer and database time-outs are 10 s.
-pub const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// A role whose loop has not turned for this long is stuck. It is longer than the longest that one turn may
+/// block on a dependency that does not answer: a store may take 30 s to connect and 30 s to write. Waiting for
+/// a dependency is no reason to be killed.
+pub const STALL_LIMIT: Duration = Duration::from_secs(75);
 
 /// The health of a process: the sum of its roles. A clone is the same health.
 #[derive(Clone, Debug)]

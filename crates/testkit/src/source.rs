@@ -156,6 +156,8 @@ impl Source for MemorySource {
         PipelineEvent::Idle
     }
 
+    fn keep_alive(&mut self) {}
+
     fn committed(&mut self, partitions: &[TopicPartition]) -> Result<Vec<Position>, Failure> {
         self.cluster.faults().pass(Point::Committed)?;
         let inner = self.cluster.lock();

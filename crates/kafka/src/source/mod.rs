@@ -36,6 +36,10 @@ use tracing::{info, warn};
 const NAP: Duration = Duration::from_millis(100);
 /// Back-off between attempts to make a consumer anew, doubling up to the second.
 const REBUILD_BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// How long the end of a source may wait for the group's coordinator.
+const LEAVE_WITHIN: Duration = Duration::from_secs(3);
+/// A position that does not exist any more; described among the codes of the runtime.
+const PAST_END: &str = "TL-KAFKA-010";
 /// How long a seek may take; it is local but for the broker thread's turn.
 const SEEK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the main queue is served in one turn; each serve takes one event.
@@ -206,6 +210,9 @@ impl GroupSource {
                 self.events.push_back(PipelineEvent::Revoking(taken));
             }
             Rebalanced::Lost(gone) => {
+                // The member may join anew at once: nothing that was pending before may be committed in its
+                // new name, so there is no member until the loop has heard.
+                self.membership.set(None);
                 self.revoking.retain(|p| !gone.contains(p));
                 self.acknowledge_revocation(consumer, &gone);
                 self.events.push_back(PipelineEvent::Lost(gone));
@@ -235,7 +242,6 @@ impl GroupSource {
         if let Err(error) = done {
             self.give_up(&format!("an assignment was refused: {error}"));
         } else if !offered.is_empty() {
-            self.backoff = REBUILD_BACKOFF.0;
             self.events.push_back(PipelineEvent::Offered(offered));
         }
     }
@@ -245,6 +251,16 @@ impl GroupSource {
         if let Err(error) = unassign(consumer, &bare_list(taken)) {
             self.give_up(&format!("a revocation was refused: {error}"));
         }
+    }
+
+    /// Takes the oldest event that waits. With the last loss heard, the member may commit again.
+    fn take_event(&mut self) -> Option<PipelineEvent> {
+        let event = self.events.pop_front()?;
+        let is_loss = |event: &PipelineEvent| matches!(event, PipelineEvent::Lost(_));
+        if is_loss(&event) && !self.events.iter().any(is_loss) {
+            self.membership.set(self.member.as_ref().map(Member::consumer));
+        }
+        Some(event)
     }
 
     /// Takes the next event from the partitions, each in its turn.
@@ -265,10 +281,12 @@ impl GroupSource {
                 Drained::Empty => {}
                 Drained::Records(batch) => {
                     self.troubled = false;
+                    self.backoff = REBUILD_BACKOFF.0;
                     return Some(PipelineEvent::Records(batch));
                 }
                 Drained::End => {
                     self.troubled = false;
+                    self.backoff = REBUILD_BACKOFF.0;
                     return Some(PipelineEvent::CaughtUp(name));
                 }
                 Drained::OutOfRange => {
@@ -288,8 +306,10 @@ impl GroupSource {
         None
     }
 
-    /// The position does not exist. Before the beginning, retention overtook it: say so and go on. Past the
-    /// end, the topic lost data or was made anew: nothing is delivered until a person decides.
+    /// The position does not exist. Before the beginning, retention overtook it: say so and go on. Anywhere
+    /// else the partition lost what was read of it: it was made anew, or a broker came back with less than
+    /// it had acknowledged. What came in its place may be unread, so a person decides; the position may look
+    /// right again by the time Kafka is asked for the bounds.
     fn on_out_of_range(&mut self, name: &TopicPartition, from: i64) {
         let end = self.end_of(name, OffsetSpec::Latest);
         match (self.earliest(name), end) {
@@ -299,19 +319,17 @@ impl GroupSource {
                 }
                 self.events.push_back(PipelineEvent::Overtaken { partition: name.clone(), from, to });
             }
-            (Ok(_), Ok(end)) if from > end => {
-                let why = format!(
-                    "TL-KAFKA-010: position {from} of {name} lies past its end {end}: the topic was made \
-                     anew or lost data; nothing is delivered until its offset is reset"
+            (Ok(_), Ok(end)) => {
+                if let Some(partition) = self.partitions.iter_mut().find(|p| p.name == *name) {
+                    partition.started = false;
+                }
+                let message = format!(
+                    "position {from} of {name} does not exist any more (its end is {end} now): the topic \
+                     was made anew or lost data. `throughline explain {PAST_END}` says how to go on"
                 );
-                self.give_up(&why);
+                self.events.push_back(PipelineEvent::Stop { code: PAST_END, message });
             }
             (Err(error), _) | (_, Err(error)) => self.give_up(&format!("{name}: {error}")),
-            (Ok(_), Ok(_)) => {
-                if let Err(error) = self.reassign(name, from) {
-                    self.give_up(&format!("{name} cannot go on at {from}: {error}"));
-                }
-            }
         }
     }
 
@@ -398,7 +416,7 @@ impl Source for GroupSource {
     fn poll(&mut self, wait: Duration) -> PipelineEvent {
         let deadline = Instant::now() + wait;
         loop {
-            if let Some(event) = self.events.pop_front() {
+            if let Some(event) = self.take_event() {
                 return event;
             }
             if self.member.is_none() && Instant::now() >= self.rebuild_at {
@@ -409,7 +427,7 @@ impl Source for GroupSource {
             }
             self.wake.reset();
             self.serve();
-            if let Some(event) = self.events.pop_front().or_else(|| self.next_event()) {
+            if let Some(event) = self.take_event().or_else(|| self.next_event()) {
                 return event;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -418,6 +436,10 @@ impl Source for GroupSource {
             }
             self.wake.wait(left.min(NAP));
         }
+    }
+
+    fn keep_alive(&mut self) {
+        self.serve();
     }
 
     fn committed(&mut self, partitions: &[TopicPartition]) -> Result<Vec<Position>, Failure> {
@@ -464,25 +486,23 @@ impl Source for GroupSource {
         // fetcher's turn, about 0.4 s, whether it names one partition or a hundred.
         let begins = self.resolved(partitions)?;
         let consumer = Arc::clone(self.consumer()?);
-        let mut fresh = Vec::new();
         for (name, next) in &begins {
             let Some(partition) = self.partitions.iter_mut().find(|p| p.name == *name) else {
                 return Err(dependency(format!("{name} is not assigned to this member any more")));
             };
-            fresh.push(!partition.started);
             partition.begin(*next);
         }
         let sought = consumer.seek_partitions(list(begins.iter().map(|(n, next)| (n, *next))), SEEK_TIMEOUT);
         let sought = sought.map(|l| entries(&l)).unwrap_or_default();
-        for ((name, next), first) in begins.iter().zip(fresh) {
+        for (name, next) in &begins {
             let entry = sought.iter().find(|e| *e.topic == *name.topic && e.partition == name.partition);
             if entry.is_none_or(|e| e.error.is_some()) {
                 self.reassign(name, *next)?;
-            } else if first {
-                let one = list([(name, *next)]);
-                consumer.resume(&one).map_err(|e| failure(&format!("cannot begin {name}"), &e))?;
             }
         }
+        // They were assigned paused; one that runs already is left as it is.
+        let all = list(begins.iter().map(|(name, next)| (name, *next)));
+        consumer.resume(&all).map_err(|e| failure("cannot begin the partitions", &e))?;
         self.wake.ring();
         Ok(())
     }
@@ -510,9 +530,15 @@ impl Source for GroupSource {
 
 impl Drop for GroupSource {
     fn drop(&mut self) {
-        // The queues hold the consumer, which then closes on a thread of its own.
+        // The queues hold the consumer, which then closes on a thread of its own. The process may end right
+        // after: a group that is not told waits for the session's end before it gives the partitions away.
         self.membership.set(None);
         self.partitions.clear();
+        if let Some(member) = self.member.take()
+            && !member.leave_within(LEAVE_WITHIN)
+        {
+            info!(group = self.group, "left without an answer: the partitions move when the session ends");
+        }
     }
 }
 
