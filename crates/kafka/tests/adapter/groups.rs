@@ -140,3 +140,42 @@ fn what_retention_deleted_before_it_was_read_is_overtaken_and_reading_goes_on() 
         assert_eq!(records(&mut source).get(0).offset, 15);
     }
 }
+
+#[test]
+fn a_partition_that_lost_what_was_read_of_it_stops_the_stage_and_no_other_partition() {
+    for protocol in [GroupProtocol::Consumer, GroupProtocol::Classic] {
+        let name = topic("past_end", 2, &[]);
+        fill(&name, 0, 0, 20);
+        fill(&name, 1, 0, 3);
+        let config = KafkaConfig { group_protocol: protocol, ..config("a") };
+        let mut source = join(&config, &unique("past_end"), &[&*name]);
+        offered(&mut source, 2);
+        let at = |partition, next| (TopicPartition::new(&*name, partition), next);
+        source.start(&[at(0, 100), at(1, 0)]).expect("starts");
+        let (mut told, mut read) = (None, 0);
+        while told.is_none() || read == 0 {
+            event(&mut source, "the news and the other partition", |e| match e {
+                PipelineEvent::Stop { code, message } => {
+                    told = Some((code, message));
+                    Some(())
+                }
+                PipelineEvent::Records(batch) => {
+                    assert_eq!(batch.source.partition, 1, "{protocol:?}");
+                    read += batch.len();
+                    Some(())
+                }
+                PipelineEvent::Lost(lost) => panic!("{protocol:?}: {lost:?} was given up"),
+                _ => None,
+            });
+        }
+        let (code, message) = told.expect("the loop ends with it");
+        assert_eq!((code, read), ("TL-KAFKA-010", 3), "{protocol:?}");
+        assert!(message.contains(&format!("{name}/0")) && message.contains("100"), "{message}");
+        // What is appended up to the position must not be skipped unseen.
+        fill(&name, 0, 20, 90);
+        for _ in 0..20 {
+            let event = source.poll(Duration::from_millis(50));
+            assert!(!matches!(event, PipelineEvent::Records(_)), "{protocol:?}: {event:?}");
+        }
+    }
+}

@@ -1,14 +1,16 @@
 //! What the loop of decide stages does, one behaviour a test, in virtual time.
 
-use crate::common::{CHANGELOG, DLT, GROUP, INPUT, Loop, REPLAY, SECOND, TABLE, World};
+use crate::common::{CHANGELOG, DLT, GROUP, INPUT, Loop, OUTPUT, REPLAY, SECOND, TABLE, World};
 use std::time::Duration;
 use throughline_model::books::Books;
 use throughline_model::outcome::Outcome;
-use throughline_model::record::TopicPartition;
+use throughline_model::record::{Outbox, TopicPartition};
 use throughline_model::topics::DEVICE_TELEMETRY_V1;
-use throughline_runtime::ports::PipelineEvent;
+use throughline_runtime::ports::{PipelineEvent, Transactions};
 use throughline_runtime::{Clock, codes};
-use throughline_testkit::{Fault, Point, device_message, measurement, schema_of};
+use throughline_testkit::{
+    Fault, MemorySource, MemoryTransactions, Point, device_message, measurement, schema_of,
+};
 
 fn first() -> TopicPartition {
     TopicPartition::new(INPUT, 0)
@@ -462,4 +464,33 @@ fn large_outputs_go_to_the_open_transaction_before_the_commit() {
     assert_eq!(world.output().len(), 100, "the byte bound also brings the commit");
     assert!(world.cluster.faults().passed(Point::Produce) > 5, "several sends, one commit");
     assert_eq!(world.cluster.faults().passed(Point::CommitBefore), 1);
+}
+
+#[test]
+fn a_partition_that_cannot_be_restored_does_not_hold_up_the_others() {
+    let world = World::new(&[INPUT], 4);
+    for key in ["a", "b", "c", "d", "e", "f", "g", "h"] {
+        world.say(key, "add:1");
+    }
+    // A writer that nobody ends holds the second partition's changelog.
+    let source = MemorySource::join(&world.cluster, "hung", &[OUTPUT], 1);
+    let mut hung = MemoryTransactions::new(&world.cluster, "hung", "hung", &source);
+    let mut outbox = Outbox::default();
+    outbox.push(&CHANGELOG.into(), Some(1), Some(b"x"), Some(b"{}"), []);
+    hung.reset().unwrap();
+    hung.send(&outbox).unwrap();
+
+    assert!(world.cluster.records(INPUT).iter().any(|r| r.partition == 1), "the keys reach it");
+    let (mut running, _) = world.start("a");
+    // Less than the time-out after which the cluster itself would end the transaction.
+    world.pass(&mut running, Duration::from_secs(8));
+    let at = |partition| TopicPartition::new(INPUT, partition);
+    let done = |partition| {
+        let end = world.cluster.records(INPUT).iter().filter(|r| r.partition == partition).count() as i64;
+        world.cluster.committed(GROUP, &at(partition)).map_or(0, |(next, _)| next) == end
+    };
+    assert_eq!([0, 1, 2, 3].map(done), [true, false, true, true]);
+
+    hung.reset().unwrap();
+    world.settle(&mut running);
 }
