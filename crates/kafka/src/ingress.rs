@@ -47,7 +47,71 @@ impl Default for IngressConfig {
     }
 }
 
-type Callback = Arc<dyn Fn(u64, bool) + Send + Sync>;
+/// What became of a record that the producer took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Kafka acknowledged it with acks=all.
+    Delivered,
+    /// Kafka did not acknowledge it in time, or said why it cannot now. It may hold the record nevertheless.
+    Failed,
+    /// Kafka refuses this very record and would again.
+    Refused,
+}
+
+impl Fate {
+    fn of(result: &DeliveryResult<'_>) -> Self {
+        use RDKafkaErrorCode as Code;
+        match result {
+            Ok(_) => Self::Delivered,
+            // Not `InvalidDifferentRecord`: another record of the batch is the bad one.
+            Err((error, _)) => match error.rdkafka_error_code() {
+                Some(
+                    Code::MessageSizeTooLarge
+                    | Code::MessageBatchTooLarge
+                    | Code::InvalidMessageSize
+                    | Code::InvalidRecord
+                    | Code::InvalidTimestamp
+                    | Code::PolicyViolation,
+                ) => Self::Refused,
+                _ => Self::Failed,
+            },
+        }
+    }
+}
+
+/// Why the producer did not take a record.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotTaken {
+    /// The queue is full, or the producer is about to be replaced.
+    #[error("the producer queue is full")]
+    Full,
+    /// The topic takes no record now: it does not exist, or we may not write to it. Other topics may.
+    #[error("the topic takes no records: {0}")]
+    Topic(String),
+    /// The record itself cannot be sent, however often it is tried.
+    #[error("the record cannot be sent: {0}")]
+    Record(String),
+}
+
+impl NotTaken {
+    fn because(error: &KafkaError) -> Self {
+        match error {
+            KafkaError::MessageProduction(code) => match code {
+                RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::InvalidArgument => {
+                    Self::Record(code.to_string())
+                }
+                // `Fatal` is of a producer that `serve` replaces.
+                RDKafkaErrorCode::QueueFull | RDKafkaErrorCode::Fatal => Self::Full,
+                // librdkafka passes on whatever the brokers say of the topic: unknown, not authorized, …
+                code => Self::Topic(code.to_string()),
+            },
+            // The name of the topic cannot be passed on.
+            other => Self::Topic(other.to_string()),
+        }
+    }
+}
+
+type Callback = Arc<dyn Fn(u64, Fate) + Send + Sync>;
 
 struct Deliveries {
     callback: Callback,
@@ -67,7 +131,7 @@ impl ProducerContext for Deliveries {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, result: &DeliveryResult<'_>, token: usize) {
-        (self.callback)(token as u64, result.is_ok());
+        (self.callback)(token as u64, Fate::of(result));
     }
 }
 
@@ -87,7 +151,7 @@ pub struct IngressProducer {
 }
 
 impl IngressProducer {
-    /// Starts the producer and the thread that calls `delivered(token, ok)`, once for each record taken.
+    /// Starts the producer and the thread that calls `delivered(token, fate)`, once for each record taken.
     /// The callback must be quick and must not call back into the producer.
     ///
     /// # Errors
@@ -95,7 +159,7 @@ impl IngressProducer {
     pub fn start(
         config: &KafkaConfig,
         tuning: &IngressConfig,
-        delivered: impl Fn(u64, bool) + Send + Sync + 'static,
+        delivered: impl Fn(u64, Fate) + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
         let callback: Callback = Arc::new(delivered);
         let producer = RwLock::new(Arc::new(make(config, tuning, &callback)?));
@@ -122,23 +186,24 @@ impl IngressProducer {
     }
 }
 
+impl IngressProducer {
+    /// Hands a record over like [`Ingress::send`], and tells a topic that takes nothing from a full queue.
+    ///
+    /// # Errors
+    /// [`NotTaken`]; after all but [`NotTaken::Record`] try again later.
+    pub fn offer(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
+        let producer = self.shared.producer.read();
+        produce(&producer, record, token as usize).map_err(|e| NotTaken::because(&e))
+    }
+}
+
 impl Ingress for IngressProducer {
     fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), Refused> {
-        let producer = self.shared.producer.read();
-        match produce(&producer, record, token as usize) {
-            Ok(()) => Ok(()),
-            Err(KafkaError::MessageProduction(code)) => match code {
-                RDKafkaErrorCode::MessageSizeTooLarge
-                | RDKafkaErrorCode::UnknownTopic
-                | RDKafkaErrorCode::UnknownTopicOrPartition
-                | RDKafkaErrorCode::UnknownPartition
-                | RDKafkaErrorCode::InvalidArgument
-                | RDKafkaErrorCode::InvalidTopic => Err(Refused::Broken(code.to_string())),
-                // A full queue, or a producer beyond repair that is about to be replaced.
-                _ => Err(Refused::Full),
-            },
-            Err(other) => Err(Refused::Broken(other.to_string())),
-        }
+        self.offer(record, token).map_err(|not_taken| match not_taken {
+            // The port has no word for a topic: what it says must not blame the record.
+            NotTaken::Full | NotTaken::Topic(_) => Refused::Full,
+            NotTaken::Record(why) => Refused::Broken(why),
+        })
     }
 
     fn in_flight(&self) -> usize {
@@ -196,5 +261,33 @@ fn end(producer: &BaseProducer<Deliveries>) {
     let deadline = Instant::now() + LAST_REPORTS;
     while producer.in_flight_count() > 0 && Instant::now() < deadline {
         serve_once(producer);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_the_records_own_fault_is_said_of_the_record() {
+        use RDKafkaErrorCode as Code;
+        for (code, kind) in [
+            (Code::MessageSizeTooLarge, "record"),
+            (Code::InvalidArgument, "record"),
+            (Code::QueueFull, "full"),
+            (Code::Fatal, "full"),
+            (Code::UnknownTopic, "topic"),
+            (Code::UnknownTopicOrPartition, "topic"),
+            (Code::UnknownPartition, "topic"),
+            (Code::InvalidTopic, "topic"),
+            (Code::TopicAuthorizationFailed, "topic"),
+        ] {
+            let said = match NotTaken::because(&KafkaError::MessageProduction(code)) {
+                NotTaken::Full => "full",
+                NotTaken::Topic(_) => "topic",
+                NotTaken::Record(_) => "record",
+            };
+            assert_eq!(said, kind, "{code:?}");
+        }
     }
 }

@@ -5,19 +5,20 @@ use crate::external::{External, Parts};
 use crate::feeds::Router;
 use crate::inbox::Inboxes;
 use crate::listener::{Listener, Surroundings};
+use crate::outflow::Outflow;
+use crate::producer::Producer;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use throughline_model::codec::Codec;
 use throughline_model::topics::{DEVICE_SESSION_V1, SERVICE_PLATFORM_LOCATOR_V1};
-use throughline_runtime::ports::Ingress;
 use throughline_telemetry::RoleHealth;
 
 /// Starts bridges.
 pub struct Bridge;
 
 impl Bridge {
-    /// Starts the listener, the client of an external broker, or both. `ingress` was made with a delivery
+    /// Starts the listener, the client of an external broker, or both. `producer` was made with a delivery
     /// callback that calls `inboxes.deliver`, and `inboxes` with `BridgeConfig::inboxes` workers.
     ///
     /// # Errors
@@ -27,18 +28,19 @@ impl Bridge {
         config: &BridgeConfig,
         router: Arc<Router>,
         codec: Arc<Codec>,
-        ingress: Arc<dyn Ingress>,
+        producer: Arc<dyn Producer>,
         inboxes: Arc<Inboxes>,
         health: RoleHealth,
     ) -> Result<RunningBridge, BridgeError> {
         check(config, &router, &codec, &inboxes)?;
         health.ready(false, "starting");
+        let outflow = Outflow::new(producer, health.clone());
         let listener = config.listener.as_ref().map(|listener| {
             let around = Surroundings {
                 instance: config.instance.clone(),
                 router: Arc::clone(&router),
                 codec: Arc::clone(&codec),
-                ingress: Arc::clone(&ingress),
+                outflow: Arc::clone(&outflow),
                 inboxes: Arc::clone(&inboxes),
                 health: health.clone(),
             };
@@ -50,7 +52,7 @@ impl Bridge {
                 instance: config.instance.clone(),
                 router,
                 codec,
-                ingress,
+                outflow,
                 inboxes,
                 // The listener's workers come first.
                 worker: config.inboxes() - 1,

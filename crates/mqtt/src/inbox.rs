@@ -50,13 +50,24 @@ impl Token {
     }
 }
 
+/// What became of a record that the producer took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Kafka acknowledged it.
+    Delivered,
+    /// Kafka did not acknowledge it, for now or in time; it may hold it nevertheless.
+    Failed,
+    /// Kafka refuses this very record and would again.
+    Refused,
+}
+
 /// The fate of one record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delivery {
     /// The token that it was sent with.
     pub token: u64,
-    /// Whether Kafka acknowledged it.
-    pub ok: bool,
+    /// What became of it.
+    pub fate: Fate,
 }
 
 #[derive(Debug, Default)]
@@ -83,12 +94,12 @@ impl Inboxes {
     }
 
     /// Takes the fate of a record from the producer's thread; never blocks for long.
-    pub fn deliver(&self, token: u64, ok: bool) {
+    pub fn deliver(&self, token: u64, fate: Fate) {
         let worker = usize::from(Token::unpack(token).worker);
         let Some(inbox) = self.0.get(worker) else { return };
         let first = {
             let mut queue = inbox.queue.lock();
-            queue.push(Delivery { token, ok });
+            queue.push(Delivery { token, fate });
             queue.len() == 1
         };
         if first {
@@ -132,13 +143,13 @@ mod tests {
     fn deliveries_reach_only_their_worker() {
         let inboxes = Inboxes::new(2);
         let token = |worker| Token { worker, slot: 1, generation: 2, sequence: 3 }.pack();
-        inboxes.deliver(token(1), true);
-        inboxes.deliver(token(1), false);
-        inboxes.deliver(token(9), true);
+        inboxes.deliver(token(1), Fate::Delivered);
+        inboxes.deliver(token(1), Fate::Failed);
+        inboxes.deliver(token(9), Fate::Delivered);
         let mut batch = Vec::new();
         inboxes.take(0, &mut batch);
         assert!(batch.is_empty());
         inboxes.take(1, &mut batch);
-        assert_eq!(batch.iter().map(|d| d.ok).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(batch.iter().map(|d| d.fate).collect::<Vec<_>>(), [Fate::Delivered, Fate::Failed]);
     }
 }

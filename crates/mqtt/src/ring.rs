@@ -10,6 +10,8 @@ pub struct Done {
     pub packet_id: u16,
     /// The reason code of MQTT 5.
     pub code: u8,
+    /// What the publish is known by when it comes again, see `Poison`.
+    pub mark: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +72,12 @@ impl Ring {
         }
     }
 
+    /// Returns the mark of a publish that waits.
+    pub fn mark(&self, sequence: u32) -> Option<u64> {
+        let index = sequence.wrapping_sub(self.base) & SEQUENCE_MASK;
+        self.open.get(index as usize).map(|open| open.done.mark)
+    }
+
     /// Takes the next publish that may be acknowledged.
     pub fn pop(&mut self) -> Option<Done> {
         let first = self.open.front().filter(|open| open.remaining == 0)?;
@@ -93,7 +101,7 @@ mod tests {
 
     fn publish(ring: &mut Ring, packet_id: u16, records: u32) -> u32 {
         let sequence = ring.next_sequence();
-        ring.push(Done { packet_id, code: 0 }, records, 10);
+        ring.push(Done { packet_id, code: 0, mark: u64::from(packet_id) }, records, 10);
         sequence
     }
 
@@ -115,6 +123,7 @@ mod tests {
         assert_eq!(popped(&mut ring), [1]);
         assert_eq!(ring.unacknowledged(), [2, 3, 4]);
         assert_eq!(ring.bytes(), 30);
+        assert_eq!((ring.mark(sequences[0]), ring.mark(sequences[3])), (None, Some(4)));
     }
 
     proptest! {

@@ -151,14 +151,6 @@ impl Drop for Broker {
     }
 }
 
-fn until(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
 fn is_subscribed(rig: &Rig) -> bool {
     rig.health.status()["roles"]["bridge"]["dependencies"]["mqtt_broker"]["up"] == true
 }

@@ -7,7 +7,8 @@ use std::io::Write as _;
 use std::time::Duration;
 use support::*;
 use throughline_model::topics::{DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1, SERVICE_PLATFORM_LOCATOR_V1};
-use throughline_mqtt::LoginConfig;
+use throughline_mqtt::inbox::Token;
+use throughline_mqtt::{Fate, LoginConfig};
 
 const UNMATCHED: &str = "device.unmatched.v1.bridge-dlt";
 const TELEMETRY_DLT: &str = "device.telemetry.v1.bridge-dlt";
@@ -335,6 +336,126 @@ fn a_record_that_kafka_does_not_take_is_dead_lettered_or_closes_the_connection()
     client.send(&publish(5, "tl/s/d/telemetry", 2, &[b' '; 300]));
     client.expect(&[0xe0, 2, 0x95, 0]);
     client.expect_end();
+}
+
+/// A topic that is missing, or that we may not write to, is the platform's fault: nothing is dead-lettered.
+#[test]
+fn a_topic_that_takes_nothing_holds_its_own_publishes_and_no_others() {
+    let rig = Rig::start();
+    let mut first = rig.client(4, "site-1/pump-7");
+    let mut second = rig.client(4, "site-1/pump-8");
+    rig.memory.wait_for(DEVICE_SESSION_V1, 2);
+    // Both find the producer full, the first one first.
+    rig.memory.capacity(Some(0));
+    let status = || rig.health.status()["roles"]["bridge"]["notes"]["listener"].clone();
+    first.send(&publish(4, TOPIC, 1, &reading(1)));
+    until("one to wait", || status()["connections_waiting_for_producer"] == 1);
+    second.send(&publish(4, "somewhere/else", 1, b"x"));
+    until("both to wait", || status()["connections_waiting_for_producer"] == 2);
+    rig.memory.close_topics(&[DEVICE_TELEMETRY_V1]);
+    rig.memory.capacity(None);
+    second.expect_puback(1);
+    until("the topic to be said", || rig.dependency("kafka")["up"] == false);
+    let said = rig.dependency("kafka")["message"].to_string();
+    assert!(said.contains(DEVICE_TELEMETRY_V1) && said.contains("does not exist"), "{said}");
+    until("the count", || status()["connections_waiting_for_topics"] == 1);
+    assert!(rig.health.unready().is_empty(), "others are served");
+    // A publish that meets the missing topic at once waits as well.
+    let mut third = rig.client(4, "site-1/pump-9");
+    third.send(&publish(4, TOPIC, 1, &reading(3)));
+    until("the third to wait", || status()["connections_waiting_for_topics"] == 2);
+    second.send(&publish(4, "somewhere/else", 2, b"y"));
+    second.expect_puback(2);
+    rig.memory.close_topics(&[]);
+    first.expect_puback(1);
+    third.expect_puback(1);
+    assert_eq!(rig.dependency("kafka")["up"], true);
+    assert!(rig.memory.of(TELEMETRY_DLT).is_empty(), "a fault of the platform is never dead-lettered");
+}
+
+#[test]
+fn session_events_wait_for_their_topic_and_hold_up_nothing_else() {
+    let rig = Rig::start();
+    rig.memory.close_topics(&[DEVICE_SESSION_V1]);
+    drop(rig.client(4, "site-1/pump-8"));
+    let mut client = rig.client(4, "site-1/pump-7");
+    client.send(&publish(4, TOPIC, 1, &reading(1)));
+    client.expect_puback(1);
+    rig.memory.close_topics(&[]);
+    let events: Vec<String> = rig.sessions(3).into_iter().map(|e| e.event).collect();
+    assert_eq!(events, ["connected", "disconnected", "connected"], "in order");
+}
+
+#[test]
+fn a_record_that_kafka_refuses_after_it_was_taken_is_dead_lettered_when_it_comes_again() {
+    for level in [4, 5] {
+        let rig = Rig::start();
+        rig.memory.hold();
+        let mut client = rig.client(level, "site-1/pump-7");
+        client.send(&publish(level, TOPIC, 1, &reading(1)));
+        client.send(&publish(level, TOPIC, 2, &reading(2)));
+        rig.memory.wait_for(DEVICE_TELEMETRY_V1, 2);
+        rig.memory.answer_all(DEVICE_TELEMETRY_V1, Fate::Refused);
+        if level == 5 {
+            client.expect(&[0xe0, 2, 0x89, 0]);
+        }
+        client.expect_end();
+        rig.memory.flow();
+        let mut again = rig.client(level, "site-1/pump-7");
+        again.send(&publish_flags(level, TOPIC, 1, &reading(1), 8));
+        again.send(&publish_flags(level, TOPIC, 2, &reading(2), 8));
+        again.expect_puback(1);
+        again.expect_puback(2);
+        let letters = rig.memory.of(TELEMETRY_DLT);
+        assert_eq!(letters.iter().map(|s| s.value.clone()).collect::<Vec<_>>(), [reading(1), reading(2)]);
+        assert_eq!(letters[0].header("__connect.errors.exception.class.name"), "record_refused");
+        assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 2, "it is not sent to be refused again");
+        // Once, and to this client only: what is sent later takes its ordinary path.
+        again.send(&publish(level, TOPIC, 3, &reading(1)));
+        again.expect_puback(3);
+        assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 3);
+    }
+}
+
+#[test]
+fn a_list_of_which_one_record_cannot_be_sent_is_dead_lettered_when_it_comes_again() {
+    let rig = Rig::start();
+    rig.memory.hold();
+    rig.memory.bytes_max(400);
+    let mut client = rig.client(5, "site-1/pump-7");
+    let values: Vec<String> = (0..9).map(|n| format!("\"a-rather-long-name-{n}\":1")).collect();
+    let list = format!(
+        r#"[{{"epoch":1,"seq":1,"values":{{"t":1}}}},{{"epoch":1,"seq":2,"values":{{{}}}}}]"#,
+        values.join(",")
+    );
+    assert!(list.len() < 400);
+    client.send(&publish(5, TOPIC, 1, list.as_bytes()));
+    client.expect(&[0xe0, 2, 0x95, 0]);
+    client.expect_end();
+    let first = rig.memory.wait_for(DEVICE_TELEMETRY_V1, 1);
+    assert_eq!(first.len(), 1);
+    // The fate of the first record is open, so the slot of its connection is too.
+    let mut again = rig.client(5, "site-1/pump-7");
+    again.send(&publish(5, TOPIC, 1, list.as_bytes()));
+    let letters = rig.memory.wait_for(TELEMETRY_DLT, 1);
+    assert_eq!(letters[0].value, list.as_bytes());
+    assert_ne!(Token::unpack(first[0].token).slot, Token::unpack(letters[0].token).slot);
+    rig.memory.flow();
+    again.expect_puback(1);
+    assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 1);
+}
+
+#[test]
+fn a_locator_that_cannot_be_sent_is_dropped_and_its_message_is_not() {
+    let rig = Rig::start();
+    rig.memory.break_topic(SERVICE_PLATFORM_LOCATOR_V1);
+    let mut client = rig.client(4, "site-1/pump-7");
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let payload = format!(r#"{{"epoch":1,"seq":1,"trace_id":"{trace}","values":{{"t":1}}}}"#);
+    client.send(&publish(4, TOPIC, 1, payload.as_bytes()));
+    client.expect_puback(1);
+    assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 1);
+    assert!(rig.memory.of(TELEMETRY_DLT).is_empty());
 }
 
 fn login(user: &str, sites: &[&str], devices: &[&str]) -> LoginConfig {

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use throughline_kafka::browse::{Begin, Stop, browse};
-use throughline_kafka::{IngressConfig, IngressProducer};
+use throughline_kafka::{Fate, IngressConfig, IngressProducer};
 use throughline_model::ids::partition_of;
 use throughline_model::record::{Headers, Outgoing};
 use throughline_runtime::ports::{Ingress, Refused};
@@ -35,10 +35,10 @@ fn places(topic: &str) -> BTreeMap<String, i32> {
 #[test]
 fn ingress_reports_each_token_once_and_partitions_as_java_does() {
     let (ours, javas) = (topic("ours", 7, &[]), topic("javas", 7, &[("max.message.bytes", "2000")]));
-    let reported: Arc<Mutex<BTreeMap<u64, Vec<bool>>>> = Arc::default();
+    let reported: Arc<Mutex<BTreeMap<u64, Vec<Fate>>>> = Arc::default();
     let book = Arc::clone(&reported);
-    let ingress = IngressProducer::start(&config("bridge"), &IngressConfig::default(), move |token, ok| {
-        book.lock().unwrap().entry(token).or_default().push(ok);
+    let ingress = IngressProducer::start(&config("bridge"), &IngressConfig::default(), move |token, fate| {
+        book.lock().unwrap().entry(token).or_default().push(fate);
     })
     .expect("starts");
     let send = |topic: &str, key: &[u8], value: &[u8], token| {
@@ -48,7 +48,7 @@ fn ingress_reports_each_token_once_and_partitions_as_java_does() {
     for i in 0..KEYS {
         send(&ours, key(i).as_bytes(), b"v", i as u64).expect("taken");
     }
-    // The broker refuses this one, incompressible as it is: it is reported as failed, not silently dropped.
+    // The broker refuses this one, incompressible as it is: it is reported as refused, not silently dropped.
     let noise: Vec<u8> = (0..100_000_u32)
         .flat_map(|i| i.wrapping_mul(2_654_435_761).rotate_left(i % 31).to_le_bytes())
         .collect();
@@ -57,8 +57,10 @@ fn ingress_reports_each_token_once_and_partitions_as_java_does() {
     assert!(matches!(send(&javas, b"k", &vec![0; 3 << 20], 7_777_777), Err(Refused::Broken(_))));
     wait_for("all reports", || (reported.lock().unwrap().len() == KEYS + 1).then_some(()));
     assert_eq!(ingress.in_flight(), 0);
-    let expected: BTreeMap<_, _> =
-        (0..KEYS as u64).map(|t| (t, vec![true])).chain([(u64::MAX, vec![false])]).collect();
+    let expected: BTreeMap<_, _> = (0..KEYS as u64)
+        .map(|t| (t, vec![Fate::Delivered]))
+        .chain([(u64::MAX, vec![Fate::Refused])])
+        .collect();
     assert_eq!(*reported.lock().unwrap(), expected);
     // The same keys through Kafka's own producer.
     let mut tool = broker().tool("org.apache.kafka.tools.ConsoleProducer").expect("Java");

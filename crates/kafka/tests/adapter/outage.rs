@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_kafka::{
-    AckedProducer, BatchBounds, GroupSource, IngressConfig, IngressProducer, KafkaConfig, TopicReader,
+    AckedProducer, BatchBounds, Fate, GroupSource, IngressConfig, IngressProducer, KafkaConfig, TopicReader,
     TransactionalProducer,
 };
 use throughline_local::child::Fault;
@@ -35,7 +35,8 @@ fn a_broker_that_is_killed_and_comes_back_costs_time_and_nothing_else() {
 
     let acked: Arc<Mutex<BTreeMap<u64, bool>>> = Arc::default();
     let book = Arc::clone(&acked);
-    let ingress = IngressProducer::start(&config, &IngressConfig::default(), move |token, ok| {
+    let ingress = IngressProducer::start(&config, &IngressConfig::default(), move |token, fate| {
+        let ok = fate == Fate::Delivered;
         assert!(book.lock().unwrap().insert(token, ok).is_none(), "token {token} came twice");
     })
     .expect("starts");

@@ -2,9 +2,10 @@
 //! again a bounded number of times, and counted where they are lost.
 
 use crate::inbox::{SLOTS_MAX, Token};
+use crate::outflow::Outflow;
+use crate::producer::NotTaken;
 use std::collections::{HashMap, VecDeque};
 use throughline_model::record::Outbox;
-use throughline_runtime::ports::{Ingress, Refused};
 use throughline_telemetry::{Counter, Metric, counter};
 
 /// The slot that their tokens carry; no connection has it.
@@ -26,6 +27,8 @@ pub(crate) struct Asides {
     worker: u8,
     held_max: usize,
     queue: VecDeque<u32>,
+    /// Those whose topic takes nothing, until [`Asides::retry`]; what comes after them waits behind them.
+    blocked: VecDeque<u32>,
     all: HashMap<u32, Aside>,
     next: u32,
     lost: Counter,
@@ -37,6 +40,7 @@ impl Asides {
             worker,
             held_max,
             queue: VecDeque::new(),
+            blocked: VecDeque::new(),
             all: HashMap::new(),
             next: 0,
             lost: counter(Metric::MqttSessionEventsLostTotal, &[]),
@@ -61,23 +65,39 @@ impl Asides {
         // The bound is far below the number of sequences, so none is in use twice.
         self.next = (self.next + 1) & crate::inbox::SEQUENCE_MASK;
         self.all.insert(sequence, Aside { records, sent: 0, waiting: 0, failed: false, attempts: 1 });
-        self.queue.push_back(sequence);
+        self.enqueue(sequence);
+    }
+
+    fn enqueue(&mut self, sequence: u32) {
+        let queue = if self.blocked.is_empty() { &mut self.queue } else { &mut self.blocked };
+        queue.push_back(sequence);
+    }
+
+    /// Tries those again whose topic took nothing.
+    pub(crate) fn retry(&mut self, outflow: &Outflow) {
+        self.blocked.append(&mut self.queue);
+        std::mem::swap(&mut self.blocked, &mut self.queue);
+        self.send(outflow);
     }
 
     /// Sends what waits, until the producer is full.
-    pub(crate) fn send(&mut self, ingress: &dyn Ingress) {
+    pub(crate) fn send(&mut self, outflow: &Outflow) {
         while let Some(sequence) = self.queue.front().copied() {
             let token = Token { worker: self.worker, slot: SLOT, generation: 0, sequence }.pack();
             if let Some(aside) = self.all.get_mut(&sequence) {
                 while aside.sent < aside.records.len() {
-                    match ingress.send(aside.records.get(aside.sent), token) {
+                    match outflow.offer(aside.records.get(aside.sent), token) {
                         Ok(()) => aside.waiting += 1,
-                        Err(Refused::Full) => return,
-                        Err(Refused::Broken(_)) => self.lost.add(1),
+                        Err(NotTaken::Full) => return,
+                        Err(NotTaken::Topic(_)) => {
+                            self.blocked.push_back(sequence);
+                            break;
+                        }
+                        Err(NotTaken::Record(_)) => self.lost.add(1),
                     }
                     aside.sent += 1;
                 }
-                if aside.waiting == 0 {
+                if aside.waiting == 0 && aside.sent == aside.records.len() {
                     self.all.remove(&sequence);
                 }
             }
@@ -104,6 +124,6 @@ impl Asides {
         aside.attempts += 1;
         aside.sent = 0;
         aside.failed = false;
-        self.queue.push_back(sequence);
+        self.enqueue(sequence);
     }
 }

@@ -45,6 +45,11 @@ impl Meters {
         counter(Metric::MqttRefusedTotal, &[("listener", self.listener), ("reason", reason)]).add(1);
     }
 
+    /// Counts locators that Kafka does not take: what they point to is written all the same.
+    pub(crate) fn dropped_locators(&self, count: u32) {
+        (0..count).for_each(|_| self.refused("locator"));
+    }
+
     /// Counts a dead letter.
     pub(crate) fn dead_letter(&self, topic: &str, reason: &str) {
         let labels = [("stage", "bridge"), ("topic", topic), ("reason", reason)];

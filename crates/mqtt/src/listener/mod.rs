@@ -14,6 +14,8 @@ use crate::auth::Logins;
 use crate::config::{BridgeError, ListenerConfig};
 use crate::feeds::Router;
 use crate::inbox::Inboxes;
+use crate::outflow::Outflow;
+use crate::poison::Poison;
 use crate::sessions::{Owner, Registry};
 use mqtt_protocol_core::mqtt;
 use parking_lot::Mutex;
@@ -23,7 +25,6 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use throughline_model::codec::Codec;
-use throughline_runtime::ports::Ingress;
 use throughline_telemetry::{Gauge, Metric, RoleHealth, counter, gauge};
 use tokio::sync::Notify;
 
@@ -44,6 +45,7 @@ pub(crate) struct Sums {
     bytes: AtomicUsize,
     paused: AtomicUsize,
     held: AtomicUsize,
+    blocked: AtomicUsize,
     asides: AtomicUsize,
 }
 
@@ -62,7 +64,8 @@ pub(crate) struct Shared {
     instance: String,
     router: Arc<Router>,
     codec: Arc<Codec>,
-    ingress: Arc<dyn Ingress>,
+    outflow: Arc<Outflow>,
+    poison: Poison,
     inboxes: Arc<Inboxes>,
     logins: Logins,
     registry: Registry,
@@ -99,7 +102,8 @@ impl Shared {
         let (open, bytes, paused) = (sum(&self.sums.open), sum(&self.sums.bytes), sum(&self.sums.paused));
         let (held, asides, connections) =
             (sum(&self.sums.held), sum(&self.sums.asides), sum(&self.connections));
-        let in_flight = self.ingress.in_flight();
+        let blocked = sum(&self.sums.blocked);
+        let in_flight = self.outflow.in_flight();
         self.gauges.connections.set(connections as f64);
         self.gauges.open.set(open as f64);
         self.gauges.paused.set(paused as f64);
@@ -115,13 +119,15 @@ impl Shared {
                 "buffer_bytes": bytes,
                 "connections_paused": paused,
                 "connections_waiting_for_producer": held,
+                "connections_waiting_for_topics": blocked,
                 "session_events_waiting": asides,
                 "records_in_flight": in_flight,
                 "sessions": self.registry.count(),
             }),
         );
         // While Kafka is away clients are held up to the bounds; only a full producer turns that into
-        // connections that cannot be served.
+        // connections that cannot be served. A topic that takes nothing holds its own publishes alone, and
+        // to send all clients elsewhere would not help them.
         if held == 0 {
             self.health.ready(true, "");
         } else {
@@ -135,7 +141,7 @@ pub(crate) struct Surroundings {
     pub(crate) instance: String,
     pub(crate) router: Arc<Router>,
     pub(crate) codec: Arc<Codec>,
-    pub(crate) ingress: Arc<dyn Ingress>,
+    pub(crate) outflow: Arc<Outflow>,
     pub(crate) inboxes: Arc<Inboxes>,
     pub(crate) health: RoleHealth,
 }
@@ -172,7 +178,8 @@ impl Listener {
             instance: around.instance,
             router: around.router,
             codec: around.codec,
-            ingress: around.ingress,
+            outflow: around.outflow,
+            poison: Poison::default(),
             inboxes: around.inboxes,
             logins: Logins::load(&config.logins)?,
             registry: Registry::new(config.bounds.sessions_max),

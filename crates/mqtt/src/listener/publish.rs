@@ -5,11 +5,10 @@ use super::worker::{Worker, wall_clock};
 use crate::auth::Login;
 use crate::feeds::Publish;
 use crate::inbox::Token;
+use crate::producer::NotTaken;
 use crate::ring::Done;
 use crate::transform::Verdict;
 use std::rc::Rc;
-use throughline_model::record::Outbox;
-use throughline_runtime::ports::Refused;
 
 /// MQTT 5, PUBACK reason code: not authorized.
 const NOT_AUTHORIZED: u8 = 0x87;
@@ -45,7 +44,11 @@ impl Worker {
         };
         let mut transformer = self.transformer.borrow_mut();
         let scope = client.scope();
-        let verdict = transformer.admit(&publish, &scope, None);
+        let mark = self.shared.poison.mark(publish.client_id, topic, payload);
+        let mut verdict = transformer.admit(&publish, &scope, None);
+        if verdict == Verdict::Accepted && self.shared.poison.take(mark) {
+            verdict = transformer.refuse(&publish, &scope, "Kafka refused the record after it had been sent");
+        }
         let mut code = 0;
         match verdict {
             Verdict::Accepted => {}
@@ -77,45 +80,37 @@ impl Worker {
             generation: conn.owner.generation,
             sequence,
         };
-        let mut count = transformer.records().len();
-        let mut sent = 0;
-        let mut full = false;
-        while sent < count {
-            match self.shared.ingress.send(transformer.records().get(sent), token.pack()) {
-                Ok(()) => sent += 1,
-                Err(Refused::Full) => {
-                    full = true;
-                    break;
-                }
-                // The record is larger than Kafka takes: the payload itself may still fit.
-                Err(Refused::Broken(why)) if verdict == Verdict::Accepted && sent == 0 => {
-                    transformer.refuse(&publish, &scope, &why);
-                    self.meters.dead_letter(transformer.records().get(0).topic, "record_refused");
-                    count = 1;
-                    match self.shared.ingress.send(transformer.records().get(0), token.pack()) {
-                        Ok(()) => sent = 1,
-                        Err(Refused::Full) => full = true,
-                        Err(Refused::Broken(why)) => {
-                            drop((guard, transformer));
-                            return self.broken(conn, &why);
-                        }
-                    }
-                    break;
-                }
-                Err(Refused::Broken(why)) => {
-                    drop((guard, transformer));
-                    return self.broken(conn, &why);
-                }
+        let mut handed = self.shared.outflow.hand_over(transformer.records(), 0, token.pack());
+        let mut count = transformer.records().len() as u32 - handed.dropped;
+        self.meters.dropped_locators(handed.dropped);
+        if verdict == Verdict::Accepted
+            && handed.sent == 0
+            && let Some(NotTaken::Record(why)) = &handed.stop
+        {
+            // The record is larger than Kafka takes: the payload itself may still fit.
+            transformer.refuse(&publish, &scope, why);
+            self.meters.dead_letter(transformer.records().get(0).topic, "record_refused");
+            count = 1;
+            handed = self.shared.outflow.hand_over(transformer.records(), 0, token.pack());
+        }
+        // Also where the connection is closed next: its slot waits for the fate of each.
+        state.outstanding += handed.sent;
+        if let Some(NotTaken::Record(why)) = handed.stop {
+            if handed.sent > 0 {
+                // Part of a list is written; when it comes again, the whole becomes a dead letter.
+                self.shared.poison.remember(mark);
             }
+            drop((guard, transformer));
+            return self.broken(conn, &why);
         }
-        state.outstanding += sent as u32;
         if count > 0 || packet_id != 0 {
-            state.ring.push(Done { packet_id, code }, count as u32, payload.len());
+            state.ring.push(Done { packet_id, code, mark }, count, payload.len());
         }
-        if full {
+        if let Some(stop) = handed.stop {
             let records = transformer.take_records();
-            state.held = Some(Held { records, next: sent, sequence });
-            self.held.borrow_mut().push_back(Rc::clone(conn));
+            state.held = Some(Held { records, next: handed.next, sequence });
+            let waiting = if stop == NotTaken::Full { &self.held } else { &self.blocked };
+            waiting.borrow_mut().push_back(Rc::clone(conn));
         }
         drop(guard);
         if verdict == Verdict::Accepted && !announced {
@@ -132,40 +127,49 @@ impl Worker {
         }
     }
 
-    /// Sends records of a publish that the full producer did not take before.
-    pub(crate) fn send_records(
-        self: &Rc<Self>,
-        conn: &Rc<Conn>,
-        records: Outbox,
-        mut next: usize,
-        sequence: u32,
-    ) {
+    /// Sends records of a publish that were not taken before. Returns why some of them still wait.
+    pub(crate) fn send_records(self: &Rc<Self>, conn: &Rc<Conn>, held: Held) -> Option<NotTaken> {
+        let Held { records, next, sequence } = held;
         let token = Token {
             worker: self.index as u8,
             slot: conn.owner.slot,
             generation: conn.owner.generation,
             sequence,
         };
-        while next < records.len() {
-            match self.shared.ingress.send(records.get(next), token.pack()) {
-                Ok(()) => {
-                    conn.state.borrow_mut().outstanding += 1;
-                    next += 1;
+        let handed = self.shared.outflow.hand_over(&records, next, token.pack());
+        self.meters.dropped_locators(handed.dropped);
+        let mut state = conn.state.borrow_mut();
+        state.outstanding += handed.sent;
+        (0..handed.dropped).for_each(|_| state.ring.settle(sequence, true));
+        match handed.stop {
+            Some(NotTaken::Record(why)) => {
+                if let Some(mark) = state.ring.mark(sequence) {
+                    self.shared.poison.remember(mark);
                 }
-                Err(Refused::Full) => {
-                    conn.state.borrow_mut().held = Some(Held { records, next, sequence });
-                    return;
-                }
-                Err(Refused::Broken(why)) => return self.broken(conn, &why),
+                drop(state);
+                self.broken(conn, &why);
+                None
             }
+            Some(stop) => {
+                state.held = Some(Held { records, next: handed.next, sequence });
+                Some(stop)
+            }
+            None if handed.dropped > 0 => {
+                drop(state);
+                // The records before it may have been acknowledged already.
+                self.acknowledge(conn);
+                None
+            }
+            None => None,
         }
     }
 
     fn broken(self: &Rc<Self>, conn: &Rc<Conn>, why: &str) {
         self.meters.refused("record_too_large");
         let peer = conn.peer;
-        self.meters
-            .log(|more| tracing::error!(%peer, why, more, "Kafka takes neither record nor dead letter"));
+        self.meters.log(|more| {
+            tracing::error!(%peer, why, more, "Kafka takes neither a record nor, now, its dead letter");
+        });
         self.close(conn, "packet_too_large", 0x95);
     }
 

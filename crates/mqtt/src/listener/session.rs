@@ -253,6 +253,7 @@ impl Worker {
             )
         };
         self.held.borrow_mut().retain(|held| !Rc::ptr_eq(held, conn));
+        self.blocked.borrow_mut().retain(|blocked| !Rc::ptr_eq(blocked, conn));
         self.slots.borrow_mut().remove(conn.owner.slot, outstanding);
         self.meters.disconnect(cause);
         let Some(client) = client else { return };
@@ -279,7 +280,7 @@ impl Worker {
                 self.will(&client, level, will, now);
             }
         }
-        self.asides.borrow_mut().send(&*self.shared.ingress);
+        self.asides.borrow_mut().send(&self.shared.outflow);
         self.shared.inboxes.wake(self.index);
     }
 
@@ -359,7 +360,7 @@ impl Worker {
         }
         let mut asides = self.asides.borrow_mut();
         asides.push(records);
-        asides.send(&*self.shared.ingress);
+        asides.send(&self.shared.outflow);
     }
 
     fn event(

@@ -6,7 +6,8 @@ use super::meters::Meters;
 use super::packets;
 use super::slots::Slots;
 use super::{Command, Shared};
-use crate::inbox::{Delivery, Token};
+use crate::inbox::{Delivery, Fate, Token};
+use crate::producer::NotTaken;
 use crate::transform::Transformer;
 use mqtt_protocol_core::mqtt::connection::event::TimerKind;
 use std::cell::{Cell, RefCell};
@@ -46,6 +47,8 @@ pub(crate) struct Worker {
     pub(crate) buffer: RefCell<Vec<u8>>,
     /// Connections whose records the full producer did not take, in the order they found it full.
     pub(crate) held: RefCell<VecDeque<Rc<Conn>>>,
+    /// Connections whose records belong to a topic that takes none; tried again at every sweep.
+    pub(crate) blocked: RefCell<VecDeque<Rc<Conn>>>,
     pub(crate) meters: Meters,
     pub(crate) now: Cell<Instant>,
     pub(crate) draining: Cell<Option<Instant>>,
@@ -60,6 +63,7 @@ struct Counted {
     bytes: usize,
     paused: usize,
     held: usize,
+    blocked: usize,
     asides: usize,
 }
 
@@ -99,6 +103,7 @@ impl Worker {
             wills: RefCell::default(),
             buffer: RefCell::new(vec![0; READ_BYTES]),
             held: RefCell::default(),
+            blocked: RefCell::default(),
             meters: Meters::new(super::meters::LISTENER),
             now: Cell::new(Instant::now()),
             draining: Cell::new(None),
@@ -119,7 +124,7 @@ impl Worker {
             }
         }
         self.send_held();
-        self.asides.borrow_mut().send(&*self.shared.ingress);
+        self.asides.borrow_mut().send(&self.shared.outflow);
         self.drain_step();
     }
 
@@ -131,7 +136,7 @@ impl Worker {
         for delivery in batch.drain(..) {
             let token = Token::unpack(delivery.token);
             if token.slot == asides::SLOT {
-                self.asides.borrow_mut().settle(token.sequence, delivery.ok);
+                self.asides.borrow_mut().settle(token.sequence, delivery.fate == Fate::Delivered);
                 continue;
             }
             let mut slots = self.slots.borrow_mut();
@@ -141,8 +146,14 @@ impl Worker {
             };
             let mut state = conn.state.borrow_mut();
             state.outstanding = state.outstanding.saturating_sub(1);
-            state.ring.settle(token.sequence, delivery.ok);
-            state.failed |= !delivery.ok;
+            if delivery.fate == Fate::Refused
+                && let Some(mark) = state.ring.mark(token.sequence)
+            {
+                self.refused_late(&conn.peer, mark);
+            }
+            let ok = delivery.fate == Fate::Delivered;
+            state.ring.settle(token.sequence, ok);
+            state.failed |= !ok;
             if !conn.touched.replace(true) {
                 touched.push(Rc::clone(conn));
             }
@@ -151,6 +162,15 @@ impl Worker {
             conn.touched.set(false);
             self.acknowledge(&conn);
         }
+    }
+
+    /// Remembers a publish whose record Kafka refused for good after it was taken: it becomes a dead letter
+    /// when its client, whose connection ends now, sends it again.
+    fn refused_late(&self, peer: &std::net::SocketAddr, mark: u64) {
+        self.shared.poison.remember(mark);
+        self.meters.log(|more| {
+            tracing::warn!(%peer, more, "Kafka refused a record: its publish becomes a dead letter when it comes again");
+        });
     }
 
     /// Sends the PUBACKs that are due, in order, with one write.
@@ -192,27 +212,47 @@ impl Worker {
         }
     }
 
-    /// Sends what the full producer did not take before, oldest first.
+    /// Sends what the full producer did not take before, oldest first, and steps over connections whose topic
+    /// takes nothing: the others are not to wait for it.
     fn send_held(self: &Rc<Self>) {
+        let mut refused_topics = Vec::new();
         loop {
             let Some(conn) = self.held.borrow().front().cloned() else { return };
-            if !self.send_held_of(&conn) {
-                return;
+            match self.send_held_of(&conn, &mut refused_topics) {
+                Some(NotTaken::Full) => return,
+                Some(_) => self.blocked.borrow_mut().push_back(Rc::clone(&conn)),
+                None => conn.wake.notify_one(),
             }
             self.held.borrow_mut().pop_front();
-            conn.wake.notify_one();
         }
     }
 
-    /// Returns false where the producer is still full.
-    fn send_held_of(self: &Rc<Self>, conn: &Rc<Conn>) -> bool {
-        let held = conn.state.borrow_mut().held.take();
-        let Some(held) = held else { return true };
+    /// Returns why the connection still waits, if it does.
+    fn send_held_of(self: &Rc<Self>, conn: &Rc<Conn>, refused_topics: &mut Vec<String>) -> Option<NotTaken> {
+        let held = conn.state.borrow_mut().held.take()?;
         if conn.is_closing() {
-            return true;
+            return None;
         }
-        self.send_records(conn, held.records, held.next, held.sequence);
-        conn.state.borrow().held.is_none()
+        let topic = held.records.get(held.next).topic;
+        if refused_topics.iter().any(|refused| refused == topic) {
+            conn.state.borrow_mut().held = Some(held);
+            return Some(NotTaken::Topic(String::new()));
+        }
+        let stop = self.send_records(conn, held);
+        if let Some(NotTaken::Topic(_)) = &stop
+            && let Some(held) = &conn.state.borrow().held
+        {
+            refused_topics.push(held.records.get(held.next).topic.to_owned());
+        }
+        stop
+    }
+
+    /// Lets the connections try again whose topic took nothing. They have waited longest.
+    fn unblock(&self) {
+        let mut first = self.blocked.take();
+        let mut held = self.held.borrow_mut();
+        first.append(&mut held);
+        *held = first;
     }
 
     /// Checks deadlines, sends what waited, states the sums.
@@ -235,7 +275,10 @@ impl Worker {
             }
         }
         counted.held = self.held.borrow().len();
+        counted.blocked = self.blocked.borrow().len();
         self.fire_wills(now);
+        self.unblock();
+        self.asides.borrow_mut().retry(&self.shared.outflow);
         self.turn();
         self.publish_sums(counted);
         if self.index == 0 {
@@ -264,6 +307,7 @@ impl Worker {
             (&sums.bytes, counted.bytes, before.bytes),
             (&sums.paused, counted.paused, before.paused),
             (&sums.held, counted.held, before.held),
+            (&sums.blocked, counted.blocked, before.blocked),
             (&sums.asides, counted.asides, before.asides),
         ] {
             // Wrapping addition is subtraction where the number fell.

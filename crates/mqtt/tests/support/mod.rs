@@ -14,7 +14,8 @@ use throughline_model::envelope::{DeviceMessage, Session};
 use throughline_model::record::Outgoing;
 use throughline_model::topics::{DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1};
 use throughline_mqtt::{
-    Bridge, BridgeConfig, ExternalConfig, Inboxes, ListenerConfig, Router, RunningBridge,
+    Bridge, BridgeConfig, ExternalConfig, Fate, Inboxes, ListenerConfig, NotTaken, Producer, Router,
+    RunningBridge,
 };
 use throughline_runtime::ports::{Ingress, Refused};
 use throughline_telemetry::Health;
@@ -46,6 +47,10 @@ struct State {
     hold: bool,
     capacity: Option<usize>,
     bytes_max: Option<usize>,
+    /// Topics that take nothing.
+    closed: Vec<String>,
+    /// Topics that take no record ever.
+    broken: Vec<String>,
 }
 
 /// Kafka, in memory.
@@ -64,7 +69,7 @@ impl Memory {
     /// From now on everything is acknowledged at once, and what waited too.
     pub fn flow(&self) {
         self.state.lock().hold = false;
-        self.answer_where(|_| true, true);
+        self.answer_where(|_| true, Fate::Delivered);
     }
 
     pub fn capacity(&self, records: Option<usize>) {
@@ -75,7 +80,22 @@ impl Memory {
         self.state.lock().bytes_max = Some(bytes);
     }
 
-    fn answer_where(&self, choose: impl Fn(&Sent) -> bool, ok: bool) {
+    /// Topics that take nothing from now on, as if they were missing.
+    pub fn close_topics(&self, topics: &[&str]) {
+        self.state.lock().closed = topics.iter().map(|t| (*t).to_owned()).collect();
+    }
+
+    /// Refuses every record of a topic for its own sake from now on.
+    pub fn break_topic(&self, topic: &str) {
+        self.state.lock().broken.push(topic.to_owned());
+    }
+
+    /// Answers for what was sent and not answered yet.
+    pub fn answer_all(&self, topic: &str, fate: Fate) {
+        self.answer_where(|s| s.topic == topic, fate);
+    }
+
+    fn answer_where(&self, choose: impl Fn(&Sent) -> bool, fate: Fate) {
         let tokens: Vec<u64> = {
             let mut state = self.state.lock();
             let waiting = state.sent.iter_mut().filter(|s| !s.answered && choose(s));
@@ -87,7 +107,7 @@ impl Memory {
                 .collect()
         };
         for token in tokens {
-            self.inboxes.deliver(token, ok);
+            self.inboxes.deliver(token, fate);
         }
         self.changed.notify_all();
     }
@@ -99,7 +119,7 @@ impl Memory {
                 s.topic == DEVICE_TELEMETRY_V1
                     && codec.decode::<DeviceMessage>(Some(&s.value)).expect("decodes").seq == Some(seq)
             },
-            ok,
+            if ok { Fate::Delivered } else { Fate::Failed },
         );
     }
 
@@ -128,15 +148,19 @@ impl Memory {
     }
 }
 
-impl Ingress for Memory {
-    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), Refused> {
+impl Producer for Memory {
+    fn offer(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
         let mut state = self.state.lock();
         let waiting = state.sent.iter().filter(|s| !s.answered).count();
-        if state.capacity.is_some_and(|max| waiting >= max) {
-            return Err(Refused::Full);
+        if state.closed.iter().any(|topic| topic == record.topic) {
+            return Err(NotTaken::Topic("it does not exist".to_owned()));
         }
-        if state.bytes_max.is_some_and(|max| record.value.map_or(0, <[u8]>::len) > max) {
-            return Err(Refused::Broken("the record is too large".to_owned()));
+        if state.capacity.is_some_and(|max| waiting >= max) {
+            return Err(NotTaken::Full);
+        }
+        let too_large = state.bytes_max.is_some_and(|max| record.value.map_or(0, <[u8]>::len) > max);
+        if too_large || state.broken.iter().any(|topic| topic == record.topic) {
+            return Err(NotTaken::Record("the record is too large".to_owned()));
         }
         let now = !state.hold;
         state.sent.push(Sent {
@@ -149,10 +173,19 @@ impl Ingress for Memory {
         });
         drop(state);
         if now {
-            self.inboxes.deliver(token, true);
+            self.inboxes.deliver(token, Fate::Delivered);
         }
         self.changed.notify_all();
         Ok(())
+    }
+}
+
+impl Ingress for Memory {
+    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), Refused> {
+        self.offer(record, token).map_err(|not_taken| match not_taken {
+            NotTaken::Full | NotTaken::Topic(_) => Refused::Full,
+            NotTaken::Record(why) => Refused::Broken(why),
+        })
     }
 
     fn in_flight(&self) -> usize {
@@ -205,10 +238,10 @@ impl Rig {
             changed: Condvar::new(),
         });
         let health = Health::new();
-        let ingress: Arc<dyn Ingress> = Arc::clone(&memory) as _;
+        let producer: Arc<dyn Producer> = Arc::clone(&memory) as _;
         let role = health.role("bridge");
         let bridge =
-            Bridge::start(&config, router, Arc::clone(&codec), ingress, inboxes, role).expect("starts");
+            Bridge::start(&config, router, Arc::clone(&codec), producer, inboxes, role).expect("starts");
         Self { memory, codec, bridge, health }
     }
 
@@ -228,6 +261,11 @@ impl Rig {
         raw
     }
 
+    /// Returns what health says of a dependency.
+    pub fn dependency(&self, name: &str) -> serde_json::Value {
+        self.health.status()["roles"]["bridge"]["dependencies"][name].clone()
+    }
+
     pub fn message(&self, sent: &Sent) -> DeviceMessage {
         self.codec.decode(Some(&sent.value)).expect("a device message")
     }
@@ -236,6 +274,15 @@ impl Rig {
     pub fn sessions(&self, count: usize) -> Vec<Session> {
         let sent = self.memory.wait_for(DEVICE_SESSION_V1, count);
         sent.iter().map(|s| self.codec.decode(Some(&s.value)).expect("a session")).collect()
+    }
+}
+
+/// Waits until something is so.
+pub fn until(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

@@ -7,7 +7,7 @@ use crate::failure::CliError;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use throughline_kafka::{IngressConfig, IngressProducer};
+use throughline_kafka::{Fate, IngressConfig, IngressProducer};
 use throughline_model::envelope::DeviceMessage;
 use throughline_model::record::{Outbox, Outgoing, TopicPartition};
 use throughline_model::time::Timestamp;
@@ -137,9 +137,10 @@ pub fn fill(place: &Place, topic: &str, messages: u64) -> Result<(), CliError> {
     }
     let failed = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&failed);
-    let ingress = IngressProducer::start(&place.context.kafka(), &IngressConfig::default(), move |_, ok| {
-        count.fetch_add(u64::from(!ok), Ordering::Relaxed);
-    })?;
+    let ingress =
+        IngressProducer::start(&place.context.kafka(), &IngressConfig::default(), move |_, fate| {
+            count.fetch_add(u64::from(fate != Fate::Delivered), Ordering::Relaxed);
+        })?;
     let deadline = Instant::now() + limit(messages);
     let topic: Arc<str> = topic.into();
     let mut readings = Readings::new(place)?;
