@@ -16,11 +16,15 @@ use throughline_mqtt::{
     Bridge, BridgeConfig, BridgeError, ExternalConfig, Inboxes, ListenerConfig, LoginConfig, ReplayBridge,
     Router,
 };
+use throughline_runtime::Shutdown;
 use throughline_runtime::ports::{Ingress, Refused};
 use throughline_telemetry::RoleHealth;
 
 /// How long open publishes may wait for Kafka when the process ends.
 const DRAIN_BUDGET: Duration = Duration::from_secs(10);
+
+/// How often the wish to end is looked for while only MQTT is served.
+const POLL: Duration = Duration::from_millis(100);
 
 /// The Kafka producer behind the bridge's port.
 struct Producer(Arc<IngressProducer>);
@@ -57,10 +61,10 @@ fn fate(of_kafka: throughline_kafka::Fate) -> throughline_mqtt::Fate {
     }
 }
 
-/// Runs the bridge and its replays until the process shall end.
+/// Runs the bridge and its replays until the process shall end. Replays that stop earlier do not end it.
 ///
 /// # Errors
-/// When the configuration is refused or an address cannot be used.
+/// When the configuration is refused or an address cannot be used; at the end, why the replays had stopped.
 pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
     let config = bridge_config(&context.config)?;
     let router = Arc::new(Router::compile(&context.catalog).map_err(|e| CliError::usage(e.to_string()))?);
@@ -81,10 +85,30 @@ pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
     )
     .map_err(refused)?;
     let replay = ReplayBridge::new(router, Arc::clone(&context.codec), &context.config.instance);
-    let replayed = roles::decide(context, context.health.role("replay_bridge"), replay);
+    let replays = context.health.role("replay_bridge");
+    let replayed = roles::decide(context, replays.clone(), replay);
+    if let Err(error) = &replayed {
+        serve_on(error, &context.shutdown, &replays);
+    }
     running.drain(DRAIN_BUDGET);
     ingress.drain(DRAIN_BUDGET);
     replayed
+}
+
+/// Says that the replays of dead letters have stopped, and waits for the process's end: devices do not depend
+/// on replays.
+fn serve_on(error: &CliError, shutdown: &Shutdown, replays: &RoleHealth) {
+    if !shutdown.is_requested() {
+        tracing::error!(role = replays.name(), "replays have stopped, MQTT is served on: {error}");
+    }
+    // Not `stopped`, and ready: a process that is neither alive nor ready is restarted and gets no clients,
+    // and its devices would be cut off for ever by what has nothing to do with them.
+    replays.ready(true, &format!("stopped: {error}"));
+    replays.note("stopped", error.to_string().into());
+    while !shutdown.is_requested() {
+        replays.turned();
+        std::thread::sleep(POLL);
+    }
 }
 
 fn refused(error: BridgeError) -> CliError {
@@ -139,4 +163,32 @@ fn logins(path: &Path) -> Result<Vec<LoginConfig>, CliError> {
         std::fs::read_to_string(path).map_err(|e| CliError::usage(format!("cannot read `{name}`: {e}")))?;
     let file: LoginsFile = strict_toml::parse(&name, &text).map_err(|e| CliError::usage(e.to_string()))?;
     Ok(file.login)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use throughline_telemetry::Health;
+
+    #[test]
+    fn replays_that_stopped_are_said_and_leave_mqtt_up_until_the_end() {
+        let health = Health::with_stall_limit(POLL * 20);
+        health.role("bridge").ready(true, "");
+        let replays = health.role("replay_bridge");
+        let shutdown = Shutdown::new();
+        let (asked, said) = (shutdown.clone(), replays.clone());
+        let served = std::thread::spawn(move || {
+            serve_on(&CliError::failed("TL-TEST-001: the topic is gone"), &asked, &said);
+        });
+        while health.status()["roles"]["replay_bridge"]["notes"]["stopped"].is_null() {
+            std::thread::yield_now();
+        }
+        assert!(!served.is_finished(), "the listener is drained when this returns");
+        let why = health.status()["roles"]["replay_bridge"]["why"].to_string();
+        assert!(why.contains("stopped: TL-TEST-001"), "{why}");
+        assert!(health.unready().is_empty(), "devices are served");
+        shutdown.request();
+        served.join().expect("ends");
+        assert!(health.stuck().is_empty(), "a restart would cut off devices");
+    }
 }
