@@ -5,6 +5,7 @@ use rdkafka::config::ClientConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
+use throughline_model::catalog::RECORD_BYTES_MAX;
 use throughline_runtime::ports::Failure;
 
 /// How long an open transaction of a killed process may hold back committed readers. librdkafka caps
@@ -130,6 +131,9 @@ impl KafkaConfig {
             .set("enable.idempotence", "true")
             .set("partitioner", "murmur2_random")
             .set("compression.type", "lz4")
+            // The client checks this before it compresses, headers included; its default, 1,000,000, is
+            // below what topics take.
+            .set("message.max.bytes", RECORD_BYTES_MAX.to_string())
             // A queue of a million messages costs 39 % more CPU (measured); bytes bound the memory.
             .set("queue.buffering.max.messages", "100000")
             .set("queue.buffering.max.kbytes", "131072");
@@ -169,6 +173,13 @@ mod tests {
         config.properties.insert("securty.protocol".to_owned(), "ssl".to_owned());
         let refused = config.check().expect_err("no such property").to_string();
         assert!(refused.contains("securty.protocol") && refused.contains("TL-KAFKA-001"), "{refused}");
+    }
+
+    #[test]
+    fn a_writer_takes_the_largest_record_of_the_catalog_and_its_letter() {
+        let config = KafkaConfig::new("localhost:1");
+        assert_eq!(config.writer().get("message.max.bytes"), Some(&*RECORD_BYTES_MAX.to_string()));
+        config.check().expect("librdkafka takes it");
     }
 
     #[test]

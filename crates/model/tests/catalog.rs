@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 use throughline_model::catalog::{
-    Catalog, Environment, Observed, ObservedSchema, ObservedTopic, Plan, changelog_topic, plan, strimzi,
+    Catalog, Environment, Observed, ObservedSchema, ObservedTopic, Plan, RECORD_BYTES_MAX, changelog_topic,
+    plan, strimzi,
 };
 use throughline_model::stage::{Kind, StageSpec};
 use throughline_model::topics::{
@@ -376,4 +377,16 @@ fn topics_export_as_strimzi_resources() {
     insta::assert_snapshot!("strimzi", strimzi::export(&desired, "main").expect("no collision"));
     let whole = Catalog::embedded().desired(&stages(), Environment::PRODUCTION).expect("they fit");
     assert!(strimzi::export(&whole, "main").is_ok());
+}
+
+#[test]
+fn no_topic_takes_a_larger_record_than_writers_may_send() {
+    let desired = Catalog::embedded().desired(&stages(), Environment::SINGLE).expect("they fit");
+    let bounds: Vec<u64> = desired
+        .topics
+        .iter()
+        .filter_map(|topic| topic.configs.get("max.message.bytes"))
+        .map(|bytes| bytes.parse().expect("a number"))
+        .collect();
+    assert_eq!(bounds.iter().max(), Some(&RECORD_BYTES_MAX), "the largest is exactly what writers may send");
 }

@@ -57,10 +57,18 @@ pub struct Desired {
     pub schemas: Vec<DesiredSchema>,
 }
 
-/// What a dead letter adds to the record it holds: headers with names, codes and a message. Kafka's default
-/// bound is 1,048,588 bytes; a letter must fit where its record did.
+/// What a dead letter adds to the record it holds: headers with names, codes and a message. A letter must
+/// fit where its record did.
 const LETTER_OVERHEAD_BYTES: u64 = 131_072;
+
+/// The largest record of a topic whose file sets no `max.message.bytes`: Kafka's default.
 const MESSAGE_BYTES_DEFAULT: u64 = 1_048_588;
+
+/// The largest record that the catalog's topics and their dead-letter topics take. Writers are allowed as
+/// much: a smaller bound of the client would refuse a letter or a copy that Kafka takes, and its stage
+/// would stop at a record that is legal. Whoever raises `max.message.bytes` of a topic raises
+/// `message.max.bytes` of the client as well.
+pub const RECORD_BYTES_MAX: u64 = MESSAGE_BYTES_DEFAULT + LETTER_OVERHEAD_BYTES;
 
 impl Catalog {
     /// Returns what the cluster and the registry shall have for `stages`.

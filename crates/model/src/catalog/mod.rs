@@ -15,7 +15,7 @@ pub mod strimzi;
 
 pub use check::time_zone;
 pub use derived::{DerivedKind, DerivedTopic, StageFault};
-pub use desired::{Desired, DesiredTopic, Environment};
+pub use desired::{Desired, DesiredTopic, Environment, RECORD_BYTES_MAX};
 pub use feed::{Decoder, FeedSpec};
 pub use filter::{Filter, InvalidFilter};
 pub use name::{
