@@ -1,12 +1,30 @@
 //! Which messages of a device have been seen: bounded runs of seq per stream and epoch.
 //!
 //! A message with sequence identity is new when its seq lies in no run of its epoch. A seq already seen is
-//! a *redelivery* when its own time is not newer than the newest accepted under that epoch, or, where the
+//! a *redelivery* when its own time is not newer than the newest received under that epoch, or, where the
 //! message carries no time, when its id (a hash of its bytes) is among the last [`RECENT_MAX`] of the
 //! stream. Otherwise the device has restarted under an old epoch: the message is accepted and the epoch
 //! begins a new *generation* of its runs. The generation before is kept, so that a redelivery from before
 //! the restart is still recognised: with a time, because that is not newer than the newest of its
 //! generation; without one, by its id.
+//!
+//! A seq *not* seen that lies below the last one is a restart too where its time is newer than the newest:
+//! a device that was first heard at seq 1,000,000 and starts again at 1 would otherwise count as late, and
+//! current state would stand still until its seq caught up. Nothing else looks like that. A redelivery out
+//! of order, a spool and the replay of a dead letter all bring a seq that was *sent* earlier, and so an
+//! older time; that is why times of messages that could not be processed count for the newest as well. A
+//! clock that is set back between a seq and the one before it can be taken for a restart; then the
+//! generation begins anew where it need not, which is flagged, and no message is lost. No margin of time
+//! or seq is asked for: each message within it would raise the newest time, and a device that reports more
+//! often than the margin would never be recognised. Without a time of its own a device that restarts below
+//! what was seen of it cannot be told from one that is late.
+//!
+//! What a device sent before such a restart and delivers after it (a spool) is older than the message that
+//! began the generation and belongs to the one before, also where its seq lies above all that was seen.
+//!
+//! A message that cannot be processed is remembered by its id besides, so that its redelivery is told from
+//! another message under the same seq: the bytes of the one are in a dead letter, those of the other are
+//! not.
 //!
 //! Memory is bounded: [`RUNS_MAX`] runs a generation, the newest [`EPOCHS_MAX`] epochs, two generations an
 //! epoch. What is forgotten lies below a *floor*: a message there is accepted and marked, because a gap
@@ -16,23 +34,21 @@
 //! [`Streams`] serializes to JSON, which is also the form in the changelog of `bridge_data` that the
 //! ledger reads: per stream its epochs, each with floor, runs, open seqs and closed gaps.
 
+mod recent;
 mod runs;
 
+pub use recent::RECENT_MAX;
 pub use runs::{CLOSED_GAPS_MAX, ClosedGaps, RUNS_MAX, Received, Run};
 
 use crate::codec::{Codec, CodecError};
 use crate::envelope::EnvelopeRef;
 use crate::keyed::KeyedState;
 use crate::time::Timestamp;
+use recent::{Recent, hash_of};
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
 
 /// Epochs kept per stream; older ones count as below the floor.
 pub const EPOCHS_MAX: usize = 4;
-
-/// Ids kept per stream without times of its own: not fewer than the open publishes of a connection and
-/// the resend window of an agent.
-pub const RECENT_MAX: usize = 1_024;
 
 /// Reason of a duplicate that is certainly a redelivery: the same id, or the time of the newest message.
 pub const REASON_REDELIVERED: &str = "redelivered";
@@ -41,7 +57,7 @@ pub const REASON_REDELIVERED: &str = "redelivered";
 /// message, or a restart under an old epoch whose clock went back too. The two cannot be told apart.
 pub const REASON_STALE_TS: &str = "stale_ts";
 
-/// Reason of a duplicate whose first delivery was dead-lettered and is still open.
+/// Reason of a duplicate whose first delivery was dead-lettered.
 pub const REASON_DEAD_LETTERED_BEFORE: &str = "dead_lettered_before";
 
 /// Where a message stands in its stream; the greater is the newer.
@@ -172,9 +188,12 @@ pub struct Stream {
     epoch_floor: Option<i64>,
     /// In rising order of epoch, at most [`EPOCHS_MAX`].
     epochs: Vec<Epoch>,
-    /// Ids of the newest messages that carried no time, oldest first, at most [`RECENT_MAX`].
-    #[serde(default, skip_serializing_if = "VecDeque::is_empty", with = "recent_as_base64")]
-    recent: VecDeque<u32>,
+    /// Ids of the newest messages that were accepted and carried no time.
+    #[serde(default, skip_serializing_if = "Recent::is_empty")]
+    recent: Recent,
+    /// Ids of the newest messages that could not be processed.
+    #[serde(default, skip_serializing_if = "Recent::is_empty")]
+    refused: Recent,
 }
 
 /// The runs of one epoch: the generation that grows and the one before it.
@@ -195,10 +214,13 @@ pub struct Generation {
     generation: i64,
     #[serde(flatten)]
     received: Received,
-    /// Newest time of a device's own that was accepted.
+    /// Newest time of a device's own that was received, also of a message that could not be processed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     newest_ts: Option<Timestamp>,
-    /// Newest time accepted before this generation began: what is not newer belongs to an earlier one.
+    /// Time of the message that began this generation; absent in the first one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    began: Option<Timestamp>,
+    /// Newest time received before this generation began: what is not newer belongs to an earlier one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     after: Option<Timestamp>,
 }
@@ -223,27 +245,34 @@ impl Streams {
     }
 
     /// Takes a message that cannot be processed: its seq counts as received but stays open, so that the
-    /// first delivery or replay that can be processed is accepted as new.
+    /// first delivery or replay that can be processed is accepted as new. Only a message of the same id
+    /// is a duplicate of one refused before. Who replays a dead letter ignores that answer: what fails
+    /// again is dead-lettered again, with its count of replays.
     pub fn refuse(&mut self, message: &EnvelopeRef<'_>) -> Refusal {
+        self.refuse_with_time(message, message.has_own_time().then_some(message.occurred_at))
+    }
+
+    /// As [`Streams::refuse`], with the device's own time as the caller trusts it.
+    pub fn refuse_with_time(&mut self, message: &EnvelopeRef<'_>, ts: Option<Timestamp>) -> Refusal {
         let Some((epoch, seq)) = message.sequence() else { return Refusal::DeadLetter };
-        let ts = message.has_own_time().then_some(message.occurred_at);
         let stream = self.stream_mut(message.stream);
-        let hash = if ts.is_none() { hash_of(message.message_id) } else { 0 };
-        let Some(at) = stream.epoch_mut(epoch) else { return Refusal::DeadLetter };
-        if stream.epochs[at].current.received.open.contains(seq) {
+        let hash = hash_of(message.message_id);
+        let at = stream.epoch_mut(epoch);
+        let verdict = at.map_or(Verdict::BelowFloor { generation: 0 }, |at| stream.judge(at, seq, ts, hash));
+        if let Verdict::Duplicate { reason } = verdict {
+            return Refusal::Duplicate { reason };
+        }
+        if stream.refused.contains(hash) {
             return Refusal::Duplicate { reason: REASON_DEAD_LETTERED_BEFORE };
         }
-        match stream.judge(at, seq, ts, hash) {
-            Verdict::Duplicate { reason } => Refusal::Duplicate { reason },
-            Verdict::New { previous: false, .. } => {
-                stream.epochs[at].current.received.insert_open(seq);
-                Refusal::DeadLetter
-            }
-            // An unprocessable message neither begins a generation nor fills a gap of an earlier one.
-            Verdict::New { previous: true, .. } | Verdict::Reused | Verdict::BelowFloor { .. } => {
-                Refusal::DeadLetter
-            }
+        stream.refused.push(hash);
+        // An unprocessable message neither begins a generation nor fills a gap of an earlier one.
+        if let (Verdict::New { previous: false }, Some(at)) = (verdict, at) {
+            let current = &mut stream.epochs[at].current;
+            current.received.insert_open(seq);
+            current.newest_ts = current.newest_ts.max(ts);
         }
+        Refusal::DeadLetter
     }
 
     /// Returns the position of the newest message accepted in `stream`.
@@ -286,7 +315,8 @@ impl Stream {
             newest: None,
             epoch_floor: None,
             epochs: Vec::new(),
-            recent: VecDeque::new(),
+            recent: Recent::default(),
+            refused: Recent::default(),
         }
     }
 
@@ -328,13 +358,16 @@ impl Stream {
     fn judge(&self, at: usize, seq: i64, ts: Option<Timestamp>, hash: u32) -> Verdict {
         let Epoch { current, previous, .. } = &self.epochs[at];
         if let Some(previous) = previous.as_deref()
-            && let Some(verdict) = self.judge_by_previous(previous, seq, ts, hash)
+            && let Some(verdict) = self.judge_by_previous(previous, current.began, seq, ts, hash)
         {
             return verdict;
         }
         let received = &current.received;
         if received.runs.last().is_none_or(|last| seq > last) {
             return Verdict::New { previous: false };
+        }
+        if ts.zip(current.newest_ts).is_some_and(|(ts, newest)| ts > newest) {
+            return Verdict::Reused;
         }
         if seq <= received.floor {
             return Verdict::BelowFloor { generation: current.generation };
@@ -343,26 +376,26 @@ impl Stream {
             return Verdict::New { previous: false };
         }
         match ts {
-            Some(ts) => match current.newest_ts {
-                Some(newest) if ts == newest => Verdict::Duplicate { reason: REASON_REDELIVERED },
-                Some(newest) if ts < newest => Verdict::Duplicate { reason: REASON_STALE_TS },
-                _ => Verdict::Reused,
-            },
-            None if self.recent.contains(&hash) => Verdict::Duplicate { reason: REASON_REDELIVERED },
-            None => Verdict::Reused,
+            Some(_) if ts == current.newest_ts => Verdict::Duplicate { reason: REASON_REDELIVERED },
+            Some(_) if current.newest_ts.is_some() => Verdict::Duplicate { reason: REASON_STALE_TS },
+            None if self.recent.contains(hash) => Verdict::Duplicate { reason: REASON_REDELIVERED },
+            _ => Verdict::Reused,
         }
     }
 
     /// Judges a message that belongs to the generation before the current one, where that can be told: by
-    /// a time not newer than the newest of that generation, or by its id.
+    /// a time not newer than the newest of that generation, by a time before the current one `began`
+    /// under a seq that goes on from there, or by its id.
     fn judge_by_previous(
         &self,
         previous: &Generation,
+        began: Option<Timestamp>,
         seq: i64,
         ts: Option<Timestamp>,
         hash: u32,
     ) -> Option<Verdict> {
         let received = &previous.received;
+        let goes_on = received.runs.last().is_some_and(|last| seq > last);
         match ts {
             Some(ts) if previous.newest_ts.is_some_and(|newest| ts <= newest) => {
                 if received.open.contains(seq) {
@@ -377,7 +410,10 @@ impl Stream {
                     None
                 }
             }
-            None if received.runs.contains(seq) && self.recent.contains(&hash) => {
+            Some(ts) if goes_on && began.is_some_and(|began| ts < began) => {
+                Some(Verdict::New { previous: true })
+            }
+            None if received.runs.contains(seq) && self.recent.contains(hash) => {
                 Some(Verdict::Duplicate { reason: REASON_REDELIVERED })
             }
             _ => None,
@@ -410,6 +446,7 @@ impl Stream {
                 let epoch = &mut self.epochs[at];
                 let next = Generation {
                     generation: epoch.current.generation + 1,
+                    began: ts,
                     after: epoch.current.newest_ts,
                     ..Generation::default()
                 };
@@ -427,10 +464,7 @@ impl Stream {
 
     fn remember(&mut self, ts: Option<Timestamp>, hash: u32) {
         if ts.is_none() {
-            if self.recent.len() == RECENT_MAX {
-                self.recent.pop_front();
-            }
-            self.recent.push_back(hash);
+            self.recent.push(hash);
         }
     }
 
@@ -497,35 +531,5 @@ impl KeyedState for Streams {
 
     fn decode(bytes: &[u8], _: &Codec) -> Result<Self, CodecError> {
         serde_json::from_slice(bytes).map_err(|e| CodecError::Datum { id: 0, why: e.to_string() })
-    }
-}
-
-/// Returns the FNV-1a hash of a message id, folded to 32 bits. It is consulted only for a seq already
-/// seen, so a collision costs one message in four million restarts; 64 bits would double the changelog.
-fn hash_of(message_id: &str) -> u32 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in message_id.bytes() {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    }
-    (hash ^ (hash >> 32)) as u32
-}
-
-/// Ids as base64 of big-endian 32-bit numbers: a list of JSON numbers would be twice as long.
-mod recent_as_base64 {
-    use base64::Engine as _;
-    use base64::engine::general_purpose::STANDARD_NO_PAD;
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-    use std::collections::VecDeque;
-
-    pub(super) fn serialize<S: Serializer>(recent: &VecDeque<u32>, to: S) -> Result<S::Ok, S::Error> {
-        let bytes: Vec<u8> = recent.iter().flat_map(|hash| hash.to_be_bytes()).collect();
-        to.serialize_str(&STANDARD_NO_PAD.encode(bytes))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<VecDeque<u32>, D::Error> {
-        let text = String::deserialize(from)?;
-        let bytes = STANDARD_NO_PAD.decode(text).map_err(D::Error::custom)?;
-        let hashes = bytes.chunks_exact(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
-        Ok(hashes.collect())
     }
 }

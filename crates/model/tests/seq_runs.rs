@@ -158,6 +158,95 @@ fn streams_of_one_device_count_apart() {
     assert_eq!(streams.iter().map(|s| s.name()).collect::<Vec<_>>(), ["telemetry", "event"]);
 }
 
+#[test]
+fn another_message_under_a_dead_lettered_seq_is_dead_lettered_by_itself() {
+    let mut streams = Streams::default();
+    admit(&mut streams, 1, 1, Some(10));
+    let known = Refusal::Duplicate { reason: REASON_DEAD_LETTERED_BEFORE };
+    let other_bytes = DeviceMessage { message_id: "other bytes".into(), ..message(1, 2, Some(20)) };
+    let restarted = message(1, 2, Some(30));
+    let untimed = message(1, 2, None);
+    for (what, message) in [
+        ("the first", message(1, 2, Some(20))),
+        ("other bytes at the same time", other_bytes),
+        ("after a restart", restarted),
+        ("without a time", untimed),
+    ] {
+        assert_eq!(streams.refuse(&message.envelope()), Refusal::DeadLetter, "{what}");
+        streams = through_json(&streams);
+        assert_eq!(streams.refuse(&message.envelope()), known, "{what}, again");
+    }
+}
+
+#[test]
+fn a_restart_below_what_was_seen_is_told_from_what_is_late_by_its_time() {
+    use Order::{Late, Newest};
+    let stale = Admission::Duplicate { reason: REASON_STALE_TS };
+    let reused = |generation, seq| Admission::EpochReused {
+        position: Position { epoch: 1, generation, seq },
+        order: Newest,
+    };
+    // (what it shows, seq, ts, expected)
+    let steps = [
+        ("first heard in the middle of its life", 1_000_000, Some(100), new(1, 0, 1_000_000, Newest)),
+        ("goes on", 1_000_001, Some(110), new(1, 0, 1_000_001, Newest)),
+        ("a redelivery out of order", 999_999, Some(90), new(1, 0, 999_999, Late)),
+        ("a spool", 500, Some(50), new(1, 0, 500, Late)),
+        ("equal times are no restart", 400, Some(110), new(1, 0, 400, Late)),
+        ("without a time it cannot be told", 399, None, new(1, 0, 399, Late)),
+        ("a restart below everything seen", 1, Some(200), reused(1, 1)),
+        ("goes on", 2, Some(210), new(1, 1, 2, Newest)),
+        ("a redelivery from before", 1_000_001, Some(110), stale),
+        ("a late one from before", 600, Some(60), new(1, 0, 600, Late)),
+        ("a spool from before, above all seen", 1_000_005, Some(150), new(1, 0, 1_000_005, Late)),
+        ("an earlier one of it", 1_000_003, Some(130), new(1, 0, 1_000_003, Late)),
+        ("and again", 1_000_005, Some(150), stale),
+        ("the new life is still the newest", 9, Some(280), new(1, 1, 9, Newest)),
+        ("out of order within it", 8, Some(270), new(1, 1, 8, Late)),
+        ("a restart into a gap", 5, Some(300), reused(2, 5)),
+    ];
+    let mut streams = Streams::default();
+    for (what, seq, ts, expected) in steps {
+        assert_eq!(admit(&mut streams, 1, seq, ts), expected, "{what}");
+        streams = through_json(&streams);
+    }
+}
+
+#[test]
+fn a_restart_below_the_floor_is_one_and_what_is_late_there_is_not() {
+    let mut streams = Streams::default();
+    for seq in 1..=200 {
+        admit(&mut streams, 1, seq * 2, Some(seq * 10));
+    }
+    let floor = streams.get("telemetry").expect("known").epochs()[0].current().received().floor();
+    assert!(floor.is_some_and(|floor| floor > 5), "{floor:?}");
+    let late = admit(&mut streams, 1, 5, Some(25));
+    assert!(matches!(late, Admission::BelowFloor { .. }), "{late:?}");
+    let restarted = admit(&mut streams, 1, 5, Some(5_000));
+    assert!(restarted.is_newest() && matches!(restarted, Admission::EpochReused { .. }), "{restarted:?}");
+}
+
+#[test]
+fn the_replay_of_a_dead_letter_is_no_restart_and_a_restart_onto_its_seq_is() {
+    let mut streams = Streams::default();
+    admit(&mut streams, 1, 1, Some(10));
+    for seq in 2..=4 {
+        streams.refuse(&message(1, seq, Some(seq * 10)).envelope());
+    }
+    let mut streams = through_json(&streams);
+    for seq in [2, 4] {
+        assert_eq!(admit(&mut streams, 1, seq, Some(seq * 10)), new(1, 0, seq, Order::Newest), "replay");
+    }
+    let position = Position { epoch: 1, generation: 1, seq: 3 };
+    let restarted = admit(&mut streams, 1, 3, Some(50));
+    assert_eq!(restarted, Admission::EpochReused { position, order: Order::Newest });
+    assert_eq!(
+        admit(&mut streams, 1, 3, Some(30)),
+        new(1, 0, 3, Order::Late),
+        "the replay is of the life before"
+    );
+}
+
 fn check_bounds(streams: &Streams) {
     for stream in streams.iter() {
         assert!(stream.epochs().len() <= EPOCHS_MAX);
@@ -215,6 +304,36 @@ proptest! {
             check_bounds(&streams);
         }
         prop_assert_eq!(through_json(&streams), streams);
+    }
+
+    /// A device that restarts under the same epoch, each time from any seq, with a clock that goes on: each
+    /// message is the newest when it is sent, whatever was seen before, and takes effect once.
+    #[test]
+    fn a_device_that_starts_again_anywhere_is_current_at_once(
+        lives in prop::collection::vec(
+            (0i64..300, prop::collection::vec((any::<prop::sample::Index>(), 0u8..4), 1..40)), 1..8,
+        ),
+    ) {
+        let mut streams = Streams::default();
+        let mut clock = 0;
+        let mut sent: Vec<(usize, DeviceMessage)> = Vec::new();
+        for (life, (start, steps)) in lives.iter().enumerate() {
+            for (seq, (pick, dice)) in (*start..).zip(steps) {
+                clock += 10;
+                let message = message(1, seq, Some(clock));
+                let admission = streams.admit(&message.envelope());
+                prop_assert!(admission.is_newest(), "{life}/{seq}: {admission:?}");
+                sent.push((life, message));
+                let recent: Vec<&DeviceMessage> =
+                    sent.iter().filter(|(of, _)| of + 1 >= life).map(|(_, m)| m).collect();
+                if *dice == 0 {
+                    let again = streams.admit(&recent[pick.index(recent.len())].envelope());
+                    prop_assert!(matches!(again, Admission::Duplicate { .. }), "{again:?}");
+                    streams = through_json(&streams);
+                }
+            }
+        }
+        check_bounds(&streams);
     }
 
     /// A device that restarts under the same epoch, each time from seq 0, with a clock that goes on. What
