@@ -4,7 +4,7 @@
 //! fields by name, so a record written under an older or newer schema of the same major version reads.
 
 use crate::ids::{DeviceKey, TraceId};
-use crate::time::Timestamp;
+use crate::time::{TimeBounds, Timestamp};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -152,6 +152,17 @@ impl EnvelopeRef<'_> {
     /// Says whether the device gave a time of its own.
     pub fn has_own_time(&self) -> bool {
         !self.flags.iter().any(|f| f == flag::NO_TS)
+    }
+
+    /// Returns the device's own time where it gave one that is not certainly wrong.
+    pub fn trusted_time(&self, bounds: TimeBounds) -> Option<Timestamp> {
+        let trusted = self.has_own_time() && bounds.accept(self.occurred_at, self.received_at);
+        trusted.then_some(self.occurred_at)
+    }
+
+    /// Says whether the message is the replay of a dead letter, as its flags tell.
+    pub fn is_replay(&self) -> bool {
+        self.flags.iter().any(|f| f == flag::REPLAYED)
     }
 
     /// Returns the message id, or the nil UUID where a foreign producer wrote something else.

@@ -2,10 +2,18 @@
 //!
 //! A field takes the newest value: within a stream by (epoch, generation, seq); between two streams, whose
 //! numbers say nothing about each other, by the device's time; without sequence identity in the order of
-//! Kafka. So the order in which messages arrive does not show in the twin. A redelivery is recognised by
-//! the twin's own runs of seq, which it carries.
+//! Kafka, but for the replay of a dead letter, which comes long after its turn and is therefore taken by
+//! its time. So the order in which messages arrive does not show in the twin. A redelivery is recognised
+//! by the twin's own runs of seq, which it carries.
 //!
 //! No rule here rests on the device's clock alone: a time that is certainly wrong counts as absent.
+
+mod size;
+
+pub use size::{
+    DESIRED_BYTES_MAX, ENVELOPE_TEXT_BYTES_MAX, FIELD_NAME_BYTES_MAX, FIELD_TEXT_BYTES_MAX,
+    FIELD_UNIT_BYTES_MAX, FIELDS_MAX, REPORTED_BYTES_MAX, long_text,
+};
 
 use crate::codec::{Codec, CodecError};
 use crate::envelope::{
@@ -16,15 +24,10 @@ use crate::keyed::KeyedState;
 use crate::seq_runs::{Admission, Position, Refusal};
 use crate::time::{TimeBounds, Timestamp};
 use crate::topics;
+use size::growth;
 
 /// The only writer of twins; the name under which their message ids are derived.
 pub const STAGE: &str = "update_twin";
-
-/// At most this many fields a side: a device that makes up names must not grow its twin without bound.
-pub const FIELDS_MAX: usize = 1_024;
-
-/// The longest name of a field in bytes.
-pub const FIELD_NAME_BYTES_MAX: usize = 256;
 
 /// `presence` of a device with a session or a heartbeat.
 pub const ONLINE: &str = "online";
@@ -67,6 +70,8 @@ pub enum Taken {
     },
     /// It would give the twin more than [`FIELDS_MAX`] reported fields; it stays open for a replay.
     TooManyFields,
+    /// It would give the reported fields more than [`REPORTED_BYTES_MAX`]; it stays open for a replay.
+    TooLarge,
 }
 
 /// The result of a request, as the response states it.
@@ -86,14 +91,21 @@ impl Answer {
 
 /// Takes what a device measures or reports: each value becomes a reported field where it is the newest.
 pub fn take_values(twin: &mut Twin, message: &DeviceMessage, bounds: TimeBounds) -> Taken {
-    let unknown = message.measurements.iter().filter(|m| find(&twin.reported, &m.name).is_err()).count();
-    if twin.reported.len() + unknown > FIELDS_MAX {
-        return match leave_open(twin, message) {
+    let growth = growth(&twin.reported, &message.measurements, &message.stream);
+    let refused = if twin.reported.len() + growth.fields > FIELDS_MAX {
+        Some(Taken::TooManyFields)
+    } else if growth.exceeds(&twin.reported, REPORTED_BYTES_MAX) {
+        Some(Taken::TooLarge)
+    } else {
+        None
+    };
+    if let Some(refused) = refused {
+        return match leave_open(twin, message, bounds) {
             Refusal::Duplicate { reason } => Taken::Duplicate { reason },
-            Refusal::DeadLetter => Taken::TooManyFields,
+            Refusal::DeadLetter => refused,
         };
     }
-    let ts = own_time(message, bounds);
+    let ts = message.envelope().trusted_time(bounds);
     let admission = admit(twin, message, ts);
     if let Admission::Duplicate { reason } = admission {
         return Taken::Duplicate { reason };
@@ -103,6 +115,7 @@ pub fn take_values(twin: &mut Twin, message: &DeviceMessage, bounds: TimeBounds)
         position: admission.position(),
         at: ts.unwrap_or(message.received_at),
         version: twin.reported_version + 1,
+        replayed: message.envelope().is_replay(),
     };
     let mut applied = false;
     let mut changed = false;
@@ -123,8 +136,9 @@ pub fn take_values(twin: &mut Twin, message: &DeviceMessage, bounds: TimeBounds)
         twin.reported_version = origin.version;
         refresh_delta(twin);
     }
-    note_newest(twin, message, admission, ts);
-    if !applied && !admission.is_newest() {
+    let is_newest = is_newest(message, admission);
+    note_heard(twin, message, is_newest, admission.position(), ts);
+    if !applied && !is_newest {
         return Taken::Superseded;
     }
     set_cause(twin, message);
@@ -132,24 +146,34 @@ pub fn take_values(twin: &mut Twin, message: &DeviceMessage, bounds: TimeBounds)
 }
 
 /// Leaves a message that cannot be taken open in the twin's runs, for a replay.
-pub fn leave_open(twin: &mut Twin, message: &DeviceMessage) -> Refusal {
+///
+/// What is replayed and cannot be taken again is a dead letter again: another one would lie about how often
+/// it was replayed, and none would lose it.
+pub fn leave_open(twin: &mut Twin, message: &DeviceMessage, bounds: TimeBounds) -> Refusal {
     if twin.message_id.is_empty() {
         // Its first message ever: the twin is written for its runs and needs an envelope of its own.
         set_cause(twin, message);
     }
-    twin.runs.get_or_insert_default().0.refuse(&message.envelope())
+    let envelope = message.envelope();
+    let runs = &mut twin.runs.get_or_insert_default().0;
+    match runs.refuse_with_time(&envelope, envelope.trusted_time(bounds)) {
+        Refusal::Duplicate { .. } if envelope.is_replay() => Refusal::DeadLetter,
+        refusal => refusal,
+    }
 }
 
 /// Takes a heartbeat: the newest says that the device is alive, also where no session tells (a device
 /// behind an agent or an external broker).
 pub fn take_heartbeat(twin: &mut Twin, message: &DeviceMessage, bounds: TimeBounds) -> Taken {
-    let ts = own_time(message, bounds);
+    let ts = message.envelope().trusted_time(bounds);
     let admission = admit(twin, message, ts);
     if let Admission::Duplicate { reason } = admission {
         return Taken::Duplicate { reason };
     }
-    note_newest(twin, message, admission, ts);
-    if !admission.is_newest() {
+    let is_newest = is_newest(message, admission)
+        || (admission == Admission::Unsequenced && Some(message.received_at) > twin.heartbeat_at);
+    note_heard(twin, message, is_newest, admission.position(), ts);
+    if !is_newest {
         return Taken::Superseded;
     }
     set_cause(twin, message);
@@ -214,12 +238,23 @@ pub fn take_request(twin: &mut Twin, request: &TwinRequest, now: Timestamp) -> A
     if request.desired.iter().any(|m| !value_is_valid(m)) {
         return Answer::rejected("invalid_value");
     }
-    let is_new = |m: &&Measurement| !is_absent(m) && find(&twin.desired, &m.name).is_err();
-    if twin.desired.len() + request.desired.iter().filter(is_new).count() > FIELDS_MAX {
+    if request.desired.iter().any(|m| !texts_fit(m)) || long_text(&request.envelope()).is_some() {
+        return Answer::rejected("text_too_long");
+    }
+    let growth = growth(&twin.desired, request.desired.iter().filter(|m| !is_absent(m)), &request.stream);
+    if twin.desired.len() + growth.fields > FIELDS_MAX {
         return Answer::rejected("too_many_fields");
     }
-    let origin =
-        Origin { stream: &request.stream, position: None, at: now, version: twin.desired_version + 1 };
+    if growth.exceeds(&twin.desired, DESIRED_BYTES_MAX) {
+        return Answer::rejected("twin_too_large");
+    }
+    let origin = Origin {
+        stream: &request.stream,
+        position: None,
+        at: now,
+        version: twin.desired_version + 1,
+        replayed: false,
+    };
     let mut changed = false;
     for value in &request.desired {
         match find(&twin.desired, &value.name) {
@@ -256,6 +291,8 @@ struct Origin<'a> {
     position: Option<Position>,
     at: Timestamp,
     version: i64,
+    /// Whether it comes long after its turn, so that Kafka's order says nothing.
+    replayed: bool,
 }
 
 impl Origin<'_> {
@@ -267,7 +304,10 @@ impl Origin<'_> {
         }
         let known = field.epoch.zip(field.generation).zip(field.seq);
         let known = known.map(|((epoch, generation), seq)| Position { epoch, generation, seq });
-        self.position.zip(known).is_none_or(|(position, known)| position > known)
+        match self.position.zip(known) {
+            Some((position, known)) => position > known,
+            None => !self.replayed || self.at > field.at,
+        }
     }
 
     fn field(&self, value: &Measurement) -> TwinField {
@@ -306,20 +346,26 @@ impl Origin<'_> {
     }
 }
 
-fn own_time(message: &DeviceMessage, bounds: TimeBounds) -> Option<Timestamp> {
-    let envelope = message.envelope();
-    let trusted = envelope.has_own_time() && bounds.accept(envelope.occurred_at, envelope.received_at);
-    trusted.then_some(envelope.occurred_at)
-}
-
 fn admit(twin: &mut Twin, message: &DeviceMessage, ts: Option<Timestamp>) -> Admission {
     twin.runs.get_or_insert_default().0.admit_with_time(&message.envelope(), ts)
 }
 
+/// Says whether current state may take the message. Without sequence identity Kafka's order decides, which
+/// says nothing of a replay: its fields are taken by their times, one by one.
+fn is_newest(message: &DeviceMessage, admission: Admission) -> bool {
+    admission.is_newest() && !(admission == Admission::Unsequenced && message.envelope().is_replay())
+}
+
 /// Notes that the device was heard and, of its newest message, where its stream stands and what it runs.
-fn note_newest(twin: &mut Twin, message: &DeviceMessage, admission: Admission, ts: Option<Timestamp>) {
+fn note_heard(
+    twin: &mut Twin,
+    message: &DeviceMessage,
+    is_newest: bool,
+    position: Option<Position>,
+    ts: Option<Timestamp>,
+) {
     twin.last_seen_at = twin.last_seen_at.max(message.received_at);
-    if !admission.is_newest() {
+    if !is_newest {
         return;
     }
     if message.agent_version.is_some() {
@@ -328,7 +374,7 @@ fn note_newest(twin: &mut Twin, message: &DeviceMessage, admission: Admission, t
     if message.config_version.is_some() {
         twin.config_version.clone_from(&message.config_version);
     }
-    let Some(position) = admission.position() else { return };
+    let Some(position) = position else { return };
     let at = twin.positions.iter().position(|p| p.stream == message.stream).unwrap_or_else(|| {
         twin.positions.push(StreamPosition { stream: message.stream.clone(), ..StreamPosition::default() });
         twin.positions.len() - 1
@@ -394,6 +440,11 @@ fn is_absent(value: &Measurement) -> bool {
 fn value_is_valid(value: &Measurement) -> bool {
     let given = [value.number.is_some(), value.text.is_some(), value.flag.is_some()];
     given.iter().filter(|is| **is).count() <= 1 && value.number.is_none_or(f64::is_finite)
+}
+
+fn texts_fit(value: &Measurement) -> bool {
+    value.text.as_deref().is_none_or(|text| text.len() <= FIELD_TEXT_BYTES_MAX)
+        && value.unit.as_deref().is_none_or(|unit| unit.len() <= FIELD_UNIT_BYTES_MAX)
 }
 
 fn same_value(field: &TwinField, value: &Measurement) -> bool {

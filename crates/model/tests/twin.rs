@@ -4,15 +4,19 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use throughline_model::codec::Codec;
 use throughline_model::envelope::{
-    DeviceMessage, IDENTITY_NONE, IDENTITY_SEQUENCE, Measurement, Session, Twin, TwinField, TwinRequest, flag,
+    DeviceMessage, Enveloped as _, IDENTITY_NONE, IDENTITY_SEQUENCE, Measurement, Session, Twin, TwinField,
+    TwinRequest, flag,
 };
 use throughline_model::keyed::KeyedState as _;
-use throughline_model::seq_runs::REASON_REDELIVERED;
+use throughline_model::seq_runs::{
+    Admission, EPOCHS_MAX, REASON_DEAD_LETTERED_BEFORE, REASON_REDELIVERED, RECENT_MAX, Streams, StreamsText,
+};
 use throughline_model::time::{TimeBounds, Timestamp};
 use throughline_model::topics;
 use throughline_model::twin::{
-    Answer, FIELDS_MAX, SessionChange, Taken, TwinState, take_heartbeat, take_request, take_session,
-    take_values,
+    Answer, DESIRED_BYTES_MAX, ENVELOPE_TEXT_BYTES_MAX, FIELD_NAME_BYTES_MAX, FIELD_TEXT_BYTES_MAX,
+    FIELD_UNIT_BYTES_MAX, FIELDS_MAX, REPORTED_BYTES_MAX, SessionChange, Taken, TwinState, take_heartbeat,
+    take_request, take_session, take_values,
 };
 
 const T0: i64 = 1_800_000_000_000_000;
@@ -245,6 +249,158 @@ fn a_device_that_makes_up_names_is_bounded() {
     assert_eq!(twin.0.reported.len(), FIELDS_MAX);
     let known = take(&mut twin, &message("telemetry", 3, &[number("f7", 2.0)]));
     assert!(matches!(known, Taken::Applied(_)), "{known:?}");
+}
+
+#[test]
+fn a_device_that_sends_long_texts_is_bounded() {
+    let mut twin = TwinState::default();
+    let long = "x".repeat(FIELD_TEXT_BYTES_MAX);
+    let fits = REPORTED_BYTES_MAX / (FIELD_TEXT_BYTES_MAX + 200);
+    for at in 0..fits {
+        let taken = take(&mut twin, &message("telemetry", at as i64, &[text(&format!("t{at}"), &long)]));
+        assert!(matches!(taken, Taken::Applied(_)), "{at}: {taken:?}");
+    }
+    let one_more = message("telemetry", 100, &[text("one_more", &long)]);
+    assert_eq!(take(&mut twin, &one_more), Taken::TooLarge);
+    let again = Taken::Duplicate { reason: REASON_DEAD_LETTERED_BEFORE };
+    assert_eq!(take(&mut twin, &one_more), again, "it is in a dead letter");
+    let replayed = DeviceMessage { flags: vec![flag::REPLAYED.into()], ..one_more };
+    assert_eq!(take(&mut twin, &replayed), Taken::TooLarge, "and so is its replay that fails again");
+    let other = "y".repeat(FIELD_TEXT_BYTES_MAX);
+    let known = take(&mut twin, &message("telemetry", 101, &[text("t0", &other), number("n", 1.0)]));
+    assert!(matches!(known, Taken::Applied(_)), "known fields go on: {known:?}");
+}
+
+#[test]
+fn a_request_beyond_the_bounds_of_desired_is_rejected() {
+    let long = "x".repeat(FIELD_TEXT_BYTES_MAX);
+    let mut twin = TwinState::default();
+    let mut ask = |desired: &[Measurement], request_id: &str| {
+        let request = TwinRequest {
+            desired: desired.to_vec(),
+            request_id: Some(request_id.into()),
+            ..TwinRequest::default()
+        };
+        take_request(&mut twin.0, &request, Timestamp(T0)).reason
+    };
+    assert_eq!(ask(&[text("a", &long)], "user:ann"), None);
+    assert_eq!(ask(&[text("b", &long)], "user:ann"), Some("twin_too_large"));
+    assert_eq!(ask(&[text("a", &format!("{long}x"))], "user:ann"), Some("text_too_long"));
+    let unit = Some("u".repeat(FIELD_UNIT_BYTES_MAX + 1));
+    assert_eq!(ask(&[Measurement { unit, ..number("a", 1.0) }], "user:ann"), Some("text_too_long"));
+    assert_eq!(ask(&[number("a", 1.0)], &"u".repeat(ENVELOPE_TEXT_BYTES_MAX + 1)), Some("text_too_long"));
+    assert_eq!(ask(&[text("a", "short"), text("b", "short")], "user:ann"), None);
+    assert_eq!(ask(&[text("b", &long)], "user:ann"), None, "there is room again");
+}
+
+/// Runs as long as they can be: every bound reached, with the longest numbers.
+fn longest_runs(streams: &[String]) -> Streams {
+    let mut runs = Streams::default();
+    let mut clock = T0;
+    for stream in streams {
+        let mut say = |epoch: i64, seq: i64, is_good: bool, is_timed: bool| {
+            clock += 1;
+            let mut message = message(stream, 0, &[]);
+            (message.epoch, message.seq) = (Some(i64::MAX - epoch), Some(i64::MAX - 4_000 + seq));
+            (message.occurred_at, message.message_id) =
+                (Timestamp(clock), format!("{stream}{epoch}{seq}{clock}"));
+            if !is_timed {
+                message.flags = vec![flag::NO_TS.into()];
+            }
+            let envelope = message.envelope();
+            if is_good {
+                runs.admit(&envelope);
+            } else {
+                runs.refuse(&envelope);
+            }
+        };
+        for epoch in (0..EPOCHS_MAX as i64).rev() {
+            for _generation in 0..2 {
+                say(epoch, 0, true, true);
+                for seq in 1..200 {
+                    say(epoch, 10 + 2 * seq, false, true);
+                }
+            }
+        }
+        for seq in 0..RECENT_MAX as i64 {
+            say(0, 1_000 + seq, true, false);
+        }
+    }
+    runs
+}
+
+#[test]
+fn a_twin_at_every_bound_fits_into_a_record() {
+    let codec = codec();
+    let streams: Vec<String> = (0..6).map(|i| format!("stream_{i}")).collect();
+    let mut twin = TwinState::default();
+    let runs = longest_runs(&streams);
+    let runs_bytes = serde_json::to_string(&runs).expect("serializes").len();
+    twin.0.runs = Some(StreamsText(runs));
+    assert!(runs_bytes > 6 * 50_000 && runs_bytes < 6 * 62_000, "{runs_bytes} bytes of runs");
+    for fill in 0..FIELDS_MAX {
+        let mut message = message(&streams[fill % 6], 0, &[]);
+        message.identity = IDENTITY_NONE.into();
+        message.request_id = Some("r".repeat(ENVELOPE_TEXT_BYTES_MAX));
+        message.agent_version = Some("a".repeat(ENVELOPE_TEXT_BYTES_MAX));
+        message.config_version = Some("c".repeat(ENVELOPE_TEXT_BYTES_MAX));
+        let name = format!("{fill:0>w$}", w = FIELD_NAME_BYTES_MAX);
+        let unit = Some("u".repeat(FIELD_UNIT_BYTES_MAX));
+        message.measurements = vec![Measurement { unit: unit.clone(), ..number(&name, f64::MAX) }];
+        take(&mut twin, &message);
+        let desired = vec![Measurement { unit, ..text(&name, "d") }];
+        let request = TwinRequest { desired, stream: "twin_request".into(), ..TwinRequest::default() };
+        take_request(&mut twin.0, &request, Timestamp(T0));
+    }
+    assert_eq!(twin.0.delta.len(), twin.0.desired.len(), "the worst case: nothing is met");
+    assert!(twin.0.reported.len() < FIELDS_MAX && twin.0.desired.len() > 100);
+    let mut bytes = Vec::new();
+    twin.encode(&codec, &mut bytes).expect("fits its schema");
+    let fields = bytes.len() - runs_bytes;
+    assert!(fields <= REPORTED_BYTES_MAX + 2 * DESIRED_BYTES_MAX + 16 * 1_024, "{fields} bytes without runs");
+    assert!(bytes.len() < 1_000_000, "{} bytes", bytes.len());
+}
+
+#[test]
+fn a_replay_without_sequence_identity_is_taken_by_its_time() {
+    let mut twin = TwinState::default();
+    let at = |seconds: i64, value: f64| {
+        let mut message = message("telemetry", seconds, &[number("a", value)]);
+        message.identity = IDENTITY_NONE.into();
+        message
+    };
+    let replay = |message: DeviceMessage| DeviceMessage {
+        flags: vec![flag::REPLAYED.into()],
+        agent_version: Some("old".into()),
+        ..message
+    };
+    take(&mut twin, &DeviceMessage { agent_version: Some("new".into()), ..at(100, 100.0) });
+    assert_eq!(take(&mut twin, &replay(at(1, 1.0))), Taken::Superseded);
+    assert_eq!((reported(&twin, "a"), twin.0.agent_version.as_deref()), (Some(100.0), Some("new")));
+    let mut other = replay(at(2, 2.0));
+    other.measurements.push(number("b", 2.0));
+    assert!(matches!(take(&mut twin, &other), Taken::Applied(_)), "a field that nothing newer has");
+    assert_eq!((reported(&twin, "a"), reported(&twin, "b")), (Some(100.0), Some(2.0)));
+    assert!(matches!(take(&mut twin, &replay(at(200, 200.0))), Taken::Applied(_)));
+    assert_eq!(reported(&twin, "a"), Some(200.0), "what is newer by its time is taken");
+
+    let beat = |seconds| DeviceMessage { measurements: Vec::new(), ..at(seconds, 0.0) };
+    let bounds = TimeBounds::default();
+    take_heartbeat(&mut twin.0, &beat(300), bounds);
+    assert_eq!(take_heartbeat(&mut twin.0, &replay(beat(250)), bounds), Taken::Superseded);
+    assert_eq!(twin.0.agent_version.as_deref(), Some("new"));
+}
+
+#[test]
+fn a_restart_below_everything_seen_shows_at_once() {
+    let mut twin = TwinState::default();
+    take(&mut twin, &message("telemetry", 1_000_000, &[number("a", 1.0)]));
+    let mut restarted = message("telemetry", 1, &[number("a", 2.0)]);
+    (restarted.occurred_at, restarted.received_at) =
+        (Timestamp(T0 + 1_000_001_000_000), Timestamp(T0 + 1_000_001_000_000));
+    let taken = take(&mut twin, &restarted);
+    assert!(matches!(taken, Taken::Applied(Admission::EpochReused { .. })), "{taken:?}");
+    assert_eq!(reported(&twin, "a"), Some(2.0));
 }
 
 #[test]

@@ -76,7 +76,7 @@ impl Decide for BridgeData {
             Err(settled) => return settled,
         };
         if let Err(fault) = check(&reading, self.bounds) {
-            return refuse(key, &reading, fault, state);
+            return refuse(key, &reading, fault, self.bounds, input.replayed, state);
         }
         let envelope = reading.envelope();
         let admission = match envelope.sequence() {
@@ -187,10 +187,21 @@ fn check(reading: &Reading<'_>, bounds: TimeBounds) -> Result<(), Fault> {
     }))
 }
 
-fn refuse(key: &str, reading: &Reading<'_>, fault: Fault, state: &mut Keyed<Streams>) -> Settled {
+/// Dead-letters a reading unless it is known. What was replayed and fails again always is: its replays are
+/// counted in its letters, and at last it is parked.
+fn refuse(
+    key: &str,
+    reading: &Reading<'_>,
+    fault: Fault,
+    bounds: TimeBounds,
+    replayed: bool,
+    state: &mut Keyed<Streams>,
+) -> Settled {
     let envelope = reading.envelope();
     if envelope.sequence().is_some()
-        && let Refusal::Duplicate { reason } = state.get_mut(key).refuse(&envelope)
+        && let Refusal::Duplicate { reason } =
+            state.get_mut(key).refuse_with_time(&envelope, envelope.trusted_time(bounds))
+        && !replayed
     {
         return Settled::new(Outcome::Duplicate, reason);
     }

@@ -7,14 +7,17 @@ use throughline_model::ids::check_name;
 use throughline_model::outcome::Settled;
 use throughline_model::record::Record;
 use throughline_model::time::TimeBounds;
-use throughline_model::twin::{FIELD_NAME_BYTES_MAX, FIELDS_MAX, name_is_valid};
+use throughline_model::twin::{
+    ENVELOPE_TEXT_BYTES_MAX, FIELD_NAME_BYTES_MAX, FIELD_TEXT_BYTES_MAX, FIELD_UNIT_BYTES_MAX, FIELDS_MAX,
+    long_text, name_is_valid,
+};
 
 /// At most this many measurements a message; a twin holds as many fields.
 pub const MEASUREMENTS_MAX: usize = FIELDS_MAX;
-/// The longest text of a measurement in bytes: longer ones are documents, which belong elsewhere.
-pub const TEXT_BYTES_MAX: usize = 64 * 1_024;
+/// The longest text of a measurement in bytes: as long as a twin's field.
+pub const TEXT_BYTES_MAX: usize = FIELD_TEXT_BYTES_MAX;
 /// The longest unit in bytes.
-pub const UNIT_BYTES_MAX: usize = 64;
+pub const UNIT_BYTES_MAX: usize = FIELD_UNIT_BYTES_MAX;
 
 /// Up to this many names are compared each with each, which is cheaper than hashing them.
 const NAMES_COMPARED_MAX: usize = 24;
@@ -85,6 +88,22 @@ pub fn time(message: &EnvelopeRef<'_>, bounds: TimeBounds) -> Result<(), Fault> 
         message.received_at
     );
     Err(("time_out_of_range", what))
+}
+
+/// Checks the texts of an envelope that current state takes over, and `more` of them by name: a state must
+/// fit into a record of Kafka, whatever its device writes into its messages.
+///
+/// # Errors
+/// `text_too_long`.
+pub fn envelope_texts(message: &EnvelopeRef<'_>, more: &[(&'static str, Option<&str>)]) -> Result<(), Fault> {
+    let is_long = |text: &Option<&str>| text.is_some_and(|text| text.len() > ENVELOPE_TEXT_BYTES_MAX);
+    let long = long_text(message).or_else(|| more.iter().find(|(_, t)| is_long(t)).map(|(name, _)| *name));
+    match long {
+        None => Ok(()),
+        Some(name) => {
+            Err(("text_too_long", format!("its {name} has more than {ENVELOPE_TEXT_BYTES_MAX} bytes")))
+        }
+    }
 }
 
 /// Checks measurements: their number, names that are valid and differ, one finite value each, texts that

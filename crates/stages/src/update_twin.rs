@@ -9,7 +9,7 @@
 //! *filtered* with `no_device` for a session that is about no device; *dead_lettered* with the code of the
 //! check.
 
-use crate::checks::{self, ValueRef};
+use crate::checks::{self, Fault, ValueRef};
 use std::time::Duration;
 use throughline_model::envelope::{DeviceMessage, Enveloped, Session, TwinRequest, TwinResponse, flag};
 use throughline_model::keyed::Keyed;
@@ -95,10 +95,17 @@ fn device_message(
     state: &mut Keyed<TwinState>,
     bounds: TimeBounds,
 ) -> Result<Settled, Settled> {
-    let message: DeviceMessage = input.decode().map_err(|e| checks::undecodable(&input.record, &e))?;
+    let mut message: DeviceMessage = input.decode().map_err(|e| checks::undecodable(&input.record, &e))?;
     let key = checks::device_key(&input.record, &message.envelope())?;
+    if input.replayed && !message.envelope().is_replay() {
+        message.flags.push(flag::REPLAYED.to_owned());
+    }
+    // A name of any length must not get into the runs, so this leaves no trace in the twin.
+    if let Err((code, what)) = envelope_texts(&message) {
+        return Err(refused(input.topic, key, &message, code, &what));
+    }
     if let Err((code, what)) = checks::measurements(message.measurements.iter().map(ValueRef::from)) {
-        return Err(match leave_open(&mut state.get_mut(key).0, &message) {
+        return Err(match leave_open(&mut state.get_mut(key).0, &message, bounds) {
             Refusal::Duplicate { reason } => Settled::new(Outcome::Duplicate, reason),
             Refusal::DeadLetter => refused(input.topic, key, &message, code, &what),
         });
@@ -114,8 +121,20 @@ fn device_message(
             let what = "the twin would have more fields than it may";
             refused(input.topic, key, &message, "too_many_fields", what)
         }
+        Taken::TooLarge => {
+            let what = "the twin's reported fields would take more bytes than they may";
+            refused(input.topic, key, &message, "twin_too_large", what)
+        }
         taken => settled(taken),
     })
+}
+
+fn envelope_texts(message: &DeviceMessage) -> Result<(), Fault> {
+    let versions = [
+        ("agent_version", message.agent_version.as_deref()),
+        ("config_version", message.config_version.as_deref()),
+    ];
+    checks::envelope_texts(&message.envelope(), &versions)
 }
 
 fn session(input: &Input<'_>, state: &mut Keyed<TwinState>) -> Result<Settled, Settled> {
@@ -128,6 +147,11 @@ fn session(input: &Input<'_>, state: &mut Keyed<TwinState>) -> Result<Settled, S
         let what = format!("session of `{key}`: event `{}` is not known", session.event);
         return Err(Settled::dead_lettered("event_unknown", what));
     };
+    if let Err((code, what)) =
+        checks::envelope_texts(&session.envelope(), &[("cause", session.cause.as_deref())])
+    {
+        return Err(Settled::dead_lettered(code, format!("cannot take a session of `{key}`: {what}")));
+    }
     Ok(settled(take_session(&mut state.get_mut(key).0, &session, change)))
 }
 
@@ -164,6 +188,7 @@ fn settled(taken: Taken) -> Settled {
         Taken::Superseded => Settled::new(Outcome::Ignored, "superseded"),
         Taken::Duplicate { reason } => Settled::new(Outcome::Duplicate, reason),
         Taken::TooManyFields => Settled::dead_lettered("too_many_fields", "the twin has too many fields"),
+        Taken::TooLarge => Settled::dead_lettered("twin_too_large", "the twin has too many bytes"),
     }
 }
 

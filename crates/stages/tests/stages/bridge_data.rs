@@ -151,6 +151,55 @@ fn the_first_successful_replay_closes_an_open_seq() {
 }
 
 #[test]
+fn a_replay_that_fails_again_is_dead_lettered_again() {
+    let mut driver = Driver::new(BridgeData::default());
+    let mut bad = reading("site-1", 1);
+    bad.measurements[0].number = Some(f64::NAN);
+    let replay = fed(&driver.codec, DEVICE_TELEMETRY_V1, "site-1/pump-7", &bad).replayed();
+    let dead = of(Outcome::DeadLettered, "number_not_finite");
+    assert_eq!(take(&mut driver, &bad), dead);
+    for _ in 0..2 {
+        assert_eq!(driver.feed(&replay).outcome, Outcome::DeadLettered, "else its replays are not counted");
+    }
+    assert_eq!(take(&mut driver, &bad), of(Outcome::Duplicate, "dead_lettered_before"), "a redelivery");
+    let corrected =
+        fed(&driver.codec, DEVICE_TELEMETRY_V1, "site-1/pump-7", &reading("site-1", 1)).replayed();
+    assert_eq!(driver.feed(&corrected).outcome, Outcome::Emitted, "it stayed open");
+}
+
+#[test]
+fn a_restarted_devices_other_bad_reading_is_dead_lettered_too() {
+    type Spoil = fn(&mut DeviceMessage);
+    let cases: [(&str, Spoil); 3] = [
+        ("after a restart", |m| m.occurred_at = Timestamp(T0 + 60_000_000)),
+        ("with its clock set back", |m| m.occurred_at = Timestamp(T0 - 60_000_000)),
+        ("without a time", |m| m.flags = vec![flag::NO_TS.into()]),
+    ];
+    for (what, change) in cases {
+        let mut driver = Driver::new(BridgeData::default());
+        let mut bad = reading("site-1", 1);
+        bad.measurements.clear();
+        assert_eq!(take(&mut driver, &bad), of(Outcome::DeadLettered, "no_measurements"));
+        change(&mut bad);
+        bad.message_id = "01890000-0000-8000-8000-0000000000ff".into();
+        assert_eq!(take(&mut driver, &bad), of(Outcome::DeadLettered, "no_measurements"), "{what}");
+        driver.restart();
+        assert_eq!(take(&mut driver, &bad), of(Outcome::Duplicate, "dead_lettered_before"), "{what}");
+    }
+}
+
+#[test]
+fn a_restart_with_a_clock_that_is_certainly_wrong_leaves_its_bytes_in_a_letter() {
+    let mut driver = Driver::new(BridgeData::default());
+    assert_eq!(take(&mut driver, &reading("site-1", 1)), of(Outcome::Emitted, ""));
+    let mut restarted = reading("site-1", 1);
+    restarted.message_id = "01890000-0000-8000-8000-0000000000ff".into();
+    restarted.occurred_at = Timestamp(0);
+    assert_eq!(take(&mut driver, &restarted), of(Outcome::DeadLettered, "time_out_of_range"));
+    assert_eq!(take(&mut driver, &restarted), of(Outcome::Duplicate, "dead_lettered_before"));
+}
+
+#[test]
 fn without_sequence_identity_nothing_is_remembered() {
     let mut driver = Driver::new(BridgeData::default());
     let mut message = reading("site-1", 1);

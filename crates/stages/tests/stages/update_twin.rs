@@ -1,6 +1,6 @@
 //! `update_twin`: the only writer of twins.
 
-use crate::driver::{Driver, Fed, T0};
+use crate::driver::{Driver, Fed, T0, fed};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use throughline_model::envelope::{
@@ -12,7 +12,7 @@ use throughline_model::topics::{
     DEVICE_HEARTBEAT_V1, DEVICE_REPORTED_V1, DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1,
     SERVICE_PLATFORM_TWIN_REQUEST_V1, SERVICE_PLATFORM_TWIN_RESPONSE_V1,
 };
-use throughline_model::twin::FIELDS_MAX;
+use throughline_model::twin::{FIELD_TEXT_BYTES_MAX, FIELDS_MAX};
 use throughline_stages::update_twin::UpdateTwin;
 use throughline_testkit::{device_message, measurement};
 
@@ -198,6 +198,78 @@ fn what_cannot_be_taken_is_dead_lettered_and_left_open() {
     wide.measurements = (0..FIELDS_MAX).map(|i| measurement(&format!("f{i}"), 0.0)).collect();
     let expected = of(Outcome::DeadLettered, "too_many_fields");
     assert_eq!(driver.take(DEVICE_TELEMETRY_V1, KEY, &wide), expected);
+}
+
+#[test]
+fn a_device_cannot_grow_its_twin_beyond_a_record() {
+    let mut driver = Driver::new(UpdateTwin::default());
+    let long = |name: String| Measurement {
+        name,
+        text: Some("x".repeat(FIELD_TEXT_BYTES_MAX)),
+        ..Measurement::default()
+    };
+    let mut seq = 0;
+    let mut send = |driver: &mut Driver<UpdateTwin>, values: Vec<Measurement>| {
+        seq += 1;
+        let mut message = message("site-1", seq, 0.0);
+        message.measurements = values;
+        driver.take(DEVICE_TELEMETRY_V1, KEY, &message)
+    };
+    for i in 0..4 {
+        assert_eq!(send(&mut driver, vec![long(format!("t{i}"))]), of(Outcome::Emitted, ""), "{i}");
+    }
+    assert_eq!(send(&mut driver, vec![long("t4".into())]), of(Outcome::DeadLettered, "twin_too_large"));
+    assert_eq!(send(&mut driver, vec![measurement("temperature", 1.0)]), of(Outcome::Emitted, ""));
+    driver.restart();
+    assert_eq!(twin(&driver, KEY).reported.len(), 5);
+    let fields = [long("a".into())];
+    assert_eq!(driver.take(SERVICE_PLATFORM_TWIN_REQUEST_V1, KEY, &request(None, &fields)).1, "");
+    let fields = [long("b".into())];
+    let settled = driver.take(SERVICE_PLATFORM_TWIN_REQUEST_V1, KEY, &request(None, &fields));
+    assert_eq!(settled, of(Outcome::Emitted, "twin_too_large"), "the request is answered");
+}
+
+#[test]
+fn a_long_text_of_the_envelope_is_dead_lettered_and_leaves_no_trace() {
+    type Spoil = fn(&mut DeviceMessage);
+    let cases: [Spoil; 4] = [
+        |m| m.agent_version = Some("v".repeat(1_025)),
+        |m| m.config_version = Some("v".repeat(1_025)),
+        |m| m.request_id = Some("r".repeat(1_025)),
+        |m| m.stream = "s".repeat(1_025),
+    ];
+    for topic in [DEVICE_TELEMETRY_V1, DEVICE_HEARTBEAT_V1] {
+        for spoil in cases {
+            let mut driver = Driver::new(UpdateTwin::default());
+            let mut message = message("site-1", 1, 1.0);
+            spoil(&mut message);
+            assert_eq!(driver.take(topic, KEY, &message), of(Outcome::DeadLettered, "text_too_long"));
+            assert!(driver.state.is_empty());
+        }
+    }
+}
+
+#[test]
+fn replays_are_dead_lettered_again_and_do_not_turn_the_twin_back() {
+    let mut driver = Driver::new(UpdateTwin::default());
+    let replay = |driver: &mut Driver<UpdateTwin>, message: &DeviceMessage| {
+        let record = fed(&driver.codec, DEVICE_TELEMETRY_V1, KEY, message).replayed();
+        let settled = driver.feed(&record);
+        (settled.outcome, settled.reason.into_owned())
+    };
+    let bad = message("site-1", 1, f64::NAN);
+    let dead = of(Outcome::DeadLettered, "number_not_finite");
+    assert_eq!(driver.take(DEVICE_TELEMETRY_V1, KEY, &bad), dead);
+    assert_eq!(replay(&mut driver, &bad), dead);
+    let unsequenced = |seconds, value| DeviceMessage {
+        identity: IDENTITY_NONE.into(),
+        ..message("site-1", seconds, value)
+    };
+    assert_eq!(driver.take(DEVICE_TELEMETRY_V1, KEY, &unsequenced(100, 5.0)), of(Outcome::Emitted, ""));
+    assert_eq!(replay(&mut driver, &unsequenced(50, 3.0)), of(Outcome::Ignored, "superseded"));
+    assert_eq!(value(twin(&driver, KEY), "temperature"), Some(5.0));
+    assert_eq!(replay(&mut driver, &unsequenced(150, 6.0)), of(Outcome::Emitted, ""));
+    assert_eq!(value(twin(&driver, KEY), "temperature"), Some(6.0));
 }
 
 proptest! {
