@@ -10,6 +10,9 @@
 //! message exceeds its lateness bound), also when only previous values were remembered; *ignored* with
 //! reason `superseded` where the message is older than the newest of its stream; *duplicate* for a
 //! redelivery.
+//!
+//! A device's own time outside the bounds counts as absent here as in the other stages: one message from
+//! the far future would else make every message of the device's next life look like a redelivery.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -27,7 +30,7 @@ use throughline_model::rules::{
 };
 use throughline_model::seq_runs::{Admission, Streams};
 use throughline_model::stage::{Decide, Effects, Input, Kind, StageSpec};
-use throughline_model::time::Timestamp;
+use throughline_model::time::{TimeBounds, Timestamp};
 use throughline_model::topics::{
     DEVICE_COMMAND_V1, DEVICE_EVENT_V1, DEVICE_TELEMETRY_V1, SERVICE_PLATFORM_ALERT_V1,
     SERVICE_PLATFORM_RULE_V1,
@@ -48,6 +51,7 @@ pub struct EvaluateRules {
     is_stale: bool,
     /// What is wrong with rules that other writers put into the table, by rule id.
     problems: BTreeMap<String, String>,
+    bounds: TimeBounds,
 }
 
 /// What the stage keeps of one device.
@@ -149,8 +153,13 @@ impl<'a> MessageRef<'a> {
 }
 
 impl EvaluateRules {
-    /// Makes the stage without rules; its table brings them.
+    /// Makes the stage without rules; its table brings them. Times are trusted within the usual bounds.
     pub fn new() -> Self {
+        Self::with_bounds(TimeBounds::default())
+    }
+
+    /// As [`EvaluateRules::new`]; a device time outside `bounds` counts as absent.
+    pub fn with_bounds(bounds: TimeBounds) -> Self {
         Self {
             spec: StageSpec {
                 group: STAGE,
@@ -164,6 +173,7 @@ impl EvaluateRules {
             evaluator: Evaluator::default(),
             is_stale: false,
             problems: BTreeMap::new(),
+            bounds,
         }
     }
 
@@ -250,7 +260,9 @@ impl Decide for EvaluateRules {
             Err(settled) => return settled,
         };
         let RulesState { streams, rules: device } = state.get_mut(key);
-        let admission = streams.admit(&message.envelope());
+        let envelope = message.envelope();
+        let trusted = envelope.trusted_time(self.bounds);
+        let admission = streams.admit_with_time(&envelope, trusted);
         if let Admission::Duplicate { reason } = admission {
             return Settled::new(Outcome::Duplicate, reason);
         }
@@ -271,7 +283,10 @@ impl Decide for EvaluateRules {
                 carry_out(*step, self.rules.at(step.rule), &message, device, &mut output);
             }
         }
-        device.remember(&self.rules, &message.measurements);
+        // Out of its turn a message without sequence identity must not put back an older value.
+        let in_turn = !(self.evaluator.passed_over() || input.replayed || envelope.is_replay());
+        let at = trusted.unwrap_or(message.received_at);
+        device.remember(&self.rules, &message.measurements, at, in_turn);
         match (is_quiet, self.evaluator.passed_over()) {
             (false, _) => Settled::emitted(),
             (true, true) => Settled::new(Outcome::Filtered, "late"),

@@ -27,6 +27,9 @@ pub struct Past {
     /// Its value.
     #[serde(rename = "v")]
     pub value: PastValue,
+    /// When it came about: the device's time where it can be trusted, else the time of arrival.
+    #[serde(rename = "t")]
+    pub at: Timestamp,
 }
 
 /// A value of one of the three types.
@@ -172,8 +175,15 @@ impl DeviceRules {
         due
     }
 
-    /// Remembers the values that rules may later ask for with `previous`.
-    pub fn remember(&mut self, rules: &RuleSet, measurements: &[MeasurementRef<'_>]) {
+    /// Remembers the values that rules may later ask for with `previous`, as of `at`. A message that comes
+    /// out of its turn (late, or the replay of a dead letter) replaces only what is older than itself.
+    pub fn remember(
+        &mut self,
+        rules: &RuleSet,
+        measurements: &[MeasurementRef<'_>],
+        at: Timestamp,
+        in_turn: bool,
+    ) {
         if !rules.remembers() {
             return;
         }
@@ -188,8 +198,11 @@ impl DeviceRules {
                 _ => continue,
             };
             match self.previous.binary_search_by(|p| p.name.as_str().cmp(m.name)) {
-                Ok(at) => self.previous[at].value = value,
-                Err(at) => self.previous.insert(at, Past { name: m.name.to_owned(), value }),
+                Ok(place) if in_turn || at > self.previous[place].at => {
+                    (self.previous[place].value, self.previous[place].at) = (value, at);
+                }
+                Ok(_) => {}
+                Err(place) => self.previous.insert(place, Past { name: m.name.to_owned(), value, at }),
             }
         }
     }

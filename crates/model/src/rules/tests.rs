@@ -66,8 +66,8 @@ fn conditions_mean_what_the_documentation_says() {
     ];
     let state = DeviceRules {
         previous: vec![
-            Past { name: "mode".into(), value: PastValue::Text("eco".into()) },
-            Past { name: "temperature".into(), value: PastValue::Number(80.0) },
+            Past { name: "mode".into(), value: PastValue::Text("eco".into()), at: Timestamp(1) },
+            Past { name: "temperature".into(), value: PastValue::Number(80.0), at: Timestamp(1) },
         ],
         ..DeviceRules::default()
     };
@@ -424,7 +424,8 @@ proptest! {
         for (name, f) in ["f", "g"].into_iter().zip(world.flags) {
             measurements.extend(f.map(|f| flag(name, f)));
         }
-        let previous = world.previous_number.map(|n| Past { name: "a".into(), value: PastValue::Number(n) });
+        let past = |n| Past { name: "a".into(), value: PastValue::Number(n), at: Timestamp(1) };
+        let previous = world.previous_number.map(past);
         let state = DeviceRules { previous: previous.into_iter().collect(), ..DeviceRules::default() };
         let got = match holds(&when, &facts(&measurements), &state) {
             Err(e) if e.contains("nothing tells which type") => return Err(TestCaseError::reject("no type")),

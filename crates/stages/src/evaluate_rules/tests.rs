@@ -577,3 +577,55 @@ proptest! {
         prop_assert_eq!((log, state), (log_again, state_again));
     }
 }
+
+#[test]
+fn one_time_from_the_far_future_does_not_blind_the_devices_next_life() {
+    let mut bench = Bench::new(&[HOT]);
+    let mut wild = message(1, 1, &[("temperature", 20.0)]);
+    wild.occurred_at = at(2_000_000_000);
+    bench.send(1, &wild);
+    bench.send(2, &message(2, 2, &[("temperature", 20.0)]));
+    bench.restore();
+    for (second, seq, expected) in [(10, 1, "raised hot@1 critical"), (11, 2, "cleared hot@1 critical")] {
+        let mut restarted = message(second, seq, &[("temperature", if seq == 1 { 91.0 } else { 20.0 })]);
+        restarted.message_id = Uuid::from_u128(0x9000_0000_8000_0000_0000 + seq as u128).to_string();
+        let settled = bench.send(second, &restarted);
+        assert_eq!((settled.outcome, bench.out()), (Outcome::Emitted, vec![expected.to_owned()]));
+    }
+}
+
+#[test]
+fn what_comes_out_of_its_turn_does_not_put_back_a_previous_value() {
+    let jump = "id = 'jump'\nsummary = 'It jumps.'\nseverity = 'info'\n\
+                when = 'temperature - previous.temperature > 10'\nlateness = '60s'\n";
+    let unsequenced = |seconds, value, replayed: bool| {
+        let mut message = message(seconds, seconds, &[("temperature", value)]);
+        message.identity = IDENTITY_NONE.to_owned();
+        if replayed {
+            message.flags = vec![flag::REPLAYED.to_owned()];
+        }
+        message
+    };
+    for (what, old) in [
+        ("late", unsequenced(5, 10.0, false)),
+        ("replayed, within the lateness bound", unsequenced(990, 10.0, true)),
+    ] {
+        let mut bench = Bench::new(&[jump]);
+        bench.send(1_000, &unsequenced(1_000, 50.0, false));
+        bench.send(1_001, &old);
+        bench.restore();
+        bench.send(1_002, &unsequenced(1_002, 55.0, false));
+        assert_eq!(bench.out(), Vec::<String>::new(), "{what}");
+        bench.send(1_003, &unsequenced(1_001, 20.0, false));
+        bench.send(1_004, &unsequenced(1_004, 40.0, false));
+        assert_eq!(bench.out(), ["raised jump@1 info"], "in its turn the order of Kafka decides");
+    }
+}
+
+#[test]
+fn a_restart_below_everything_seen_is_evaluated_at_once() {
+    let mut bench = Bench::new(&[HOT]);
+    bench.send(1, &message(1, 1_000_000, &[("temperature", 20.0)]));
+    let settled = bench.send(10, &message(10, 1, &[("temperature", 91.0)]));
+    assert_eq!((settled.outcome, bench.out()), (Outcome::Emitted, vec!["raised hot@1 critical".to_owned()]));
+}
