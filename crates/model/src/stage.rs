@@ -180,6 +180,13 @@ impl Effects {
         &mut self.outbox
     }
 
+    /// Forgets what was emitted and the failure of what could not be, as when a transaction is given up: the
+    /// record comes again, and a failure kept from before would stop the stage for it.
+    pub fn clear(&mut self) {
+        self.outbox.clear();
+        self.failure = None;
+    }
+
     /// Returns the codec.
     pub fn codec(&self) -> &Arc<Codec> {
         &self.codec
@@ -237,6 +244,16 @@ fn copied_traceparent(trace_id: &str, message_id: &str) -> Option<String> {
 mod tests {
     use super::*;
     use crate::envelope::DeviceMessage;
+
+    #[test]
+    fn what_is_given_up_leaves_neither_records_nor_a_failure() {
+        let mut effects = Effects::new(Arc::new(Codec::default()));
+        effects.emit_raw("t", None, None, Some(b"v"), Headers::default());
+        effects.emit("a topic without a schema", "k", &DeviceMessage::default());
+        assert_eq!(effects.outbox().len(), 1);
+        effects.clear();
+        assert!(effects.outbox().is_empty() && effects.take_failure().is_none());
+    }
 
     #[test]
     fn a_copied_traceparent_equals_the_printed_one() {
