@@ -73,6 +73,8 @@ const POSTGRES: &[(&str, bool, Class)] = &[
     ("57", false, Class::Dependency),    // shutdown, cancelled, starting up
     ("58", false, Class::Dependency),    // IO error of the server
     ("25006", false, Class::Dependency), // read only: a failover is going on
+    ("25P03", false, Class::Dependency), // idle in a transaction for too long: this process was held up
+    ("25P04", false, Class::Dependency), // a transaction took too long (PostgreSQL 17)
     ("28", false, Class::Dependency),    // authorisation: secrets are rotated
 ];
 
@@ -208,6 +210,8 @@ mod tests {
             ("58030", None, Class::Dependency),
             ("25006", None, Class::Dependency),
             ("25P02", None, Class::Stop),
+            ("25P03", None, Class::Dependency),
+            ("25P04", None, Class::Dependency),
             ("28P01", None, Class::Dependency),
             ("28000", None, Class::Dependency),
             ("23505", Some("alert_pkey"), Class::Stop),
