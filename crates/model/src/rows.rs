@@ -59,7 +59,7 @@ pub struct SessionRow {
 }
 
 /// A row of `twin`, keyed by site and device: the newest projection wins because the partition's order
-/// does. `document` is the twin as JSON; an empty one removes the row, as a tombstone does ([`TwinRow::removal`]).
+/// does, and a store refuses an older one that comes by another way ([`TwinRow::is_older_than`]). `document` is the twin as JSON; an empty one removes the row, as a tombstone does ([`TwinRow::removal`]).
 #[derive(Clone, Debug, Default, PartialEq)]
 #[expect(missing_docs, reason = "columns carry the record's names, documented there")]
 pub struct TwinRow {
@@ -78,6 +78,16 @@ impl TwinRow {
     /// Makes the row that removes a twin.
     pub fn removal(site_id: impl Into<String>, device_id: impl Into<String>) -> Self {
         Self { site_id: site_id.into(), device_id: device_id.into(), ..Self::default() }
+    }
+
+    /// Says whether this row shows the twin as it was before `other`: the replay of a dead letter must not
+    /// turn the projection back. The time last seen comes first, because a twin's topic that was lost and
+    /// begun again counts its versions from the start; it only rises, as the versions do.
+    pub fn is_older_than(&self, other: &Self) -> bool {
+        self.last_seen_at < other.last_seen_at
+            || (self.last_seen_at == other.last_seen_at
+                && (self.reported_version < other.reported_version
+                    || self.desired_version < other.desired_version))
     }
 
     /// Says whether this row removes the twin. A twin's JSON is never empty.

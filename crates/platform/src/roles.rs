@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use throughline_kafka::admin::Admin;
-use throughline_kafka::{AckedProducer, BatchBounds, GroupSource, TopicReader, TransactionalProducer};
+use throughline_kafka::{
+    AckedProducer, BatchBounds, GroupSource, KafkaConfig, TopicReader, TransactionalProducer,
+};
 use throughline_model::catalog::replay_topic;
 use throughline_model::stage::{Decide, Load, StageSpec};
 use throughline_runtime::ports::Failure;
@@ -20,7 +22,7 @@ use throughline_stages::evaluate_rules::EvaluateRules;
 use throughline_stages::load_warehouse::LoadWarehouse;
 use throughline_stages::project_twins::ProjectTwins;
 use throughline_stages::update_twin::UpdateTwin;
-use throughline_store::{SqlStore, StoreOptions};
+use throughline_store::{AskIncarnation, Incarnation, SqlStore, StoreOptions};
 use throughline_telemetry::RoleHealth;
 use uuid::Uuid;
 
@@ -173,9 +175,17 @@ fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), 
         .map_err(|stopped| CliError::failed(stopped.to_string()))
 }
 
-/// Returns which incarnation of cluster and topics the offsets in the store count in.
+/// Returns which incarnation of cluster and topics the offsets in the store count in, and how to ask again.
 pub fn store_options(context: &Context, topics: &[String]) -> Result<StoreOptions, Failure> {
-    let admin = Admin::new(&context.kafka())?;
+    let (kafka, topics) = (context.kafka(), topics.to_vec());
+    let ask = AskIncarnation::new(move || incarnation(&kafka, &topics));
+    let Incarnation { cluster_id, topic_ids } = ask.ask()?;
+    Ok(StoreOptions { cluster_id, topic_ids, ask: Some(ask), ..StoreOptions::default() })
+}
+
+/// Asks the cluster with a client of its own: one that lives on remembers the id of its first cluster.
+fn incarnation(kafka: &KafkaConfig, topics: &[String]) -> Result<Incarnation, Failure> {
+    let admin = Admin::new(kafka)?;
     let names: Vec<&str> = topics.iter().map(String::as_str).collect();
     let mut topic_ids = HashMap::new();
     for (topic, id) in admin.topic_ids(&names)? {
@@ -185,7 +195,7 @@ pub fn store_options(context: &Context, topics: &[String]) -> Result<StoreOption
         })?;
         topic_ids.insert(topic, id);
     }
-    Ok(StoreOptions { cluster_id: admin.cluster_id()?, topic_ids, ..StoreOptions::default() })
+    Ok(Incarnation { cluster_id: admin.cluster_id()?, topic_ids })
 }
 
 /// Reads a topic id in base64 without padding: librdkafka writes `+` and `/` where Kafka's tools write `-`

@@ -83,8 +83,12 @@ fn plain_copy(url: &str, writes: usize, server: Option<u32>) {
 
 fn open(url: &str) -> SqlStore {
     let topic_ids = HashMap::from([(TOPIC.to_owned(), Uuid::from_u128(1))]);
-    let options =
-        StoreOptions { cluster_id: "bench".into(), topic_ids, call_timeout: Duration::from_secs(60) };
+    let options = StoreOptions {
+        cluster_id: "bench".into(),
+        topic_ids,
+        call_timeout: Duration::from_secs(60),
+        ..StoreOptions::default()
+    };
     SqlStore::open(url, options).unwrap()
 }
 

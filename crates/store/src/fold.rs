@@ -25,22 +25,31 @@ pub(crate) fn fold_alerts(rows: &[AlertRow]) -> Vec<AlertRow> {
     folded
 }
 
-/// Twins to put and twins to remove, one row a device: the last of each device wins.
+/// Twins to remove and then twins to put, at most one row a device in each.
 #[derive(Debug, Default)]
 pub(crate) struct FoldedTwins<'a> {
-    pub puts: Vec<&'a TwinRow>,
     pub removals: Vec<&'a TwinRow>,
+    pub puts: Vec<&'a TwinRow>,
 }
 
-/// Keeps the last row of each device.
+/// Keeps the last row of each device, but none that is older than one before it: a write may hold rows of
+/// a replay besides. The statements of both stores do the same with the row they meet, which is why a
+/// removal stays where a put follows: what begins after it is not older than what was removed.
 pub(crate) fn fold_twins(rows: &[TwinRow]) -> FoldedTwins<'_> {
-    let mut last: HashMap<(&str, &str), &TwinRow> = HashMap::with_capacity(rows.len());
+    type Rows<'r> = (Option<&'r TwinRow>, Option<&'r TwinRow>);
+    let mut last: HashMap<(&str, &str), Rows<'_>> = HashMap::with_capacity(rows.len());
     for row in rows {
-        last.insert((&row.site_id, &row.device_id), row);
+        let (removal, put) = last.entry((&row.site_id, &row.device_id)).or_default();
+        if row.is_removal() {
+            (*removal, *put) = (Some(row), None);
+        } else if put.is_none_or(|known| !row.is_older_than(known)) {
+            *put = Some(row);
+        }
     }
     let mut folded = FoldedTwins::default();
-    for row in last.into_values() {
-        if row.is_removal() { folded.removals.push(row) } else { folded.puts.push(row) }
+    for (removal, put) in last.into_values() {
+        folded.removals.extend(removal);
+        folded.puts.extend(put);
     }
     // In key order, so that two writers lock rows in the same order and cannot deadlock.
     folded.puts.sort_unstable_by_key(|t| (t.site_id.as_str(), t.device_id.as_str()));
@@ -97,5 +106,10 @@ mod tests {
         assert_eq!(puts, [("a", 2), ("c", 1)]);
         assert_eq!(folded.removals.len(), 1);
         assert_eq!(folded.removals[0].device_id, "b");
+        let rows = [put("a", 3), put("a", 2), TwinRow::removal("", "b"), put("b", 1)];
+        let folded = fold_twins(&rows);
+        let puts: Vec<_> = folded.puts.iter().map(|t| (t.device_id.as_str(), t.reported_version)).collect();
+        assert_eq!(puts, [("a", 3), ("b", 1)], "an older one does not win, one after a removal does");
+        assert_eq!(folded.removals.len(), 1, "the removal comes first");
     }
 }

@@ -12,6 +12,7 @@
 pub mod baseline;
 mod error;
 mod fold;
+mod incarnation;
 mod migrate;
 mod postgres;
 mod read;
@@ -19,10 +20,12 @@ mod sqlite;
 mod validate;
 
 pub use error::CODES;
+pub use incarnation::{AskIncarnation, Incarnation};
 pub use read::Table;
 pub use validate::{ID_BYTES_MAX, TEXT_BYTES_MAX};
 
 use crate::fold::{FoldedTwins, fold_alerts, fold_twins};
+use crate::incarnation::{other_incarnation, topic_id};
 use crate::postgres::Postgres;
 use crate::sqlite::Sqlite;
 use std::collections::{HashMap, HashSet};
@@ -41,6 +44,9 @@ pub struct StoreOptions {
     pub cluster_id: String,
     /// The id of each topic that offsets count in. A topic that was deleted and made again has another.
     pub topic_ids: HashMap<String, Uuid>,
+    /// Asks for both anew. [`Store::positions`] does each time, so that a process that runs on notices a
+    /// topic or cluster that was replaced; without it what was given here stays.
+    pub ask: Option<AskIncarnation>,
     /// Bound of one call, after which the database counts as unavailable. Locks are awaited for a third
     /// of it.
     pub call_timeout: Duration,
@@ -49,7 +55,12 @@ pub struct StoreOptions {
 impl Default for StoreOptions {
     /// Thirty seconds a call: a batch takes well below one, and a longer wait would look like a hang.
     fn default() -> Self {
-        Self { cluster_id: String::new(), topic_ids: HashMap::new(), call_timeout: Duration::from_secs(30) }
+        Self {
+            cluster_id: String::new(),
+            topic_ids: HashMap::new(),
+            ask: None,
+            call_timeout: Duration::from_secs(30),
+        }
     }
 }
 
@@ -269,7 +280,12 @@ impl SqlStore {
 
 impl Store for SqlStore {
     /// Returns the stored position of each partition; −1 with [`BooksFound::New`] where there is none.
+    ///
+    /// A loop asks at each activation, after a rebalance or a recovery, and that is when a topic that was
+    /// deleted and made again, or another cluster under the same address, must be noticed: its offsets
+    /// begin anew, and rows would be skipped or written twice.
     fn positions(&mut self, group: &str, partitions: &[TopicPartition]) -> Result<Vec<Position>, Failure> {
+        incarnation::refresh(&mut self.options)?;
         let stored = self.stored_offsets(group)?;
         let mut positions = Vec::with_capacity(partitions.len());
         for partition in partitions {
@@ -331,27 +347,6 @@ impl Store for SqlStore {
             }
         }
         Ok(())
-    }
-}
-
-fn topic_id(options: &StoreOptions, topic: &str) -> Result<String, Failure> {
-    options.topic_ids.get(topic).map(Uuid::to_string).ok_or_else(|| Failure::Stop {
-        code: error::TOPIC_UNKNOWN,
-        message: format!(
-            "the id of topic `{topic}` is not known, so its offsets cannot be kept; create it with \
-             `throughline topics apply`"
-        ),
-    })
-}
-
-fn other_incarnation(group: &str, stored: &StoredOffset, cluster_id: &str, topic_id: &str) -> Failure {
-    Failure::Stop {
-        code: error::INCARNATION,
-        message: format!(
-            "the offset {} of group `{group}` at {} counts in cluster `{}`, topic id {}, but this is cluster \
-             `{cluster_id}`, topic id {topic_id}; decide with `throughline groups adopt {group} --topic {}`",
-            stored.next, stored.partition, stored.cluster_id, stored.topic_id, stored.partition.topic
-        ),
     }
 }
 

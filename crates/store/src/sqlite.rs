@@ -41,6 +41,15 @@ const TWINS: &str = "SELECT site_id, device_id, reported_version, desired_versio
      WHERE (site_id, device_id) > (?2, ?3) AND (?1 IS NULL OR site_id = ?1) \
      ORDER BY site_id, device_id LIMIT ?4";
 
+/// Replaces a twin, unless the row it meets is newer (`TwinRow::is_older_than`).
+const KEEP_NEWER_TWIN: &str = " ON CONFLICT (site_id, device_id) DO UPDATE SET \
+       reported_version = excluded.reported_version, desired_version = excluded.desired_version, \
+       presence = excluded.presence, last_seen_at = excluded.last_seen_at, document = excluded.document, \
+       message_id = excluded.message_id, trace_id = excluded.trace_id \
+     WHERE excluded.last_seen_at > twin_data.last_seen_at OR (excluded.last_seen_at = twin_data.last_seen_at \
+       AND excluded.reported_version >= twin_data.reported_version \
+       AND excluded.desired_version >= twin_data.desired_version)";
+
 const REMOVE_TWIN: &str = "DELETE FROM twin_data WHERE site_id = ? AND device_id = ?";
 
 const LAST_SESSION: &str = "SELECT site_id, device_id, client_id, event, cause, protocol, session_generation, \
@@ -84,7 +93,7 @@ impl Sqlite {
                    cleared_at = excluded.cleared_at \
                  WHERE alert_data.cleared_at IS NULL AND excluded.cleared_at IS NOT NULL",
             ),
-            twins: Inserts::new("INSERT OR REPLACE INTO twin_data VALUES ", 9, ""),
+            twins: Inserts::new("INSERT INTO twin_data VALUES ", 9, KEEP_NEWER_TWIN),
         };
         // Turning WAL on needs the file alone, and SQLite does not wait for that by itself.
         let give_up = Instant::now() + call_timeout;
@@ -131,14 +140,14 @@ impl Sqlite {
             .await
             .map_err(|e| fail("write sessions", &e))?;
         self.alerts.run(&mut tx, &write.alerts, bind_alert).await.map_err(|e| fail("write alerts", &e))?;
-        self.twins
-            .run(&mut tx, &write.twins.puts, |row, values| bind_twin(row, values))
-            .await
-            .map_err(|e| fail("write twins", &e))?;
         for twin in &write.twins.removals {
             let removal = sqlx::query(REMOVE_TWIN).bind(&twin.site_id).bind(&twin.device_id);
             removal.execute(&mut *tx).await.map_err(|e| fail("remove a twin", &e))?;
         }
+        self.twins
+            .run(&mut tx, &write.twins.puts, |row, values| bind_twin(row, values))
+            .await
+            .map_err(|e| fail("write twins", &e))?;
         tx.commit().await.map_err(|e| fail("commit (it may have happened)", &e))
     }
 

@@ -5,6 +5,7 @@ mod support;
 use sqlx::{Connection, Row};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 use support::TestPostgres;
@@ -14,7 +15,7 @@ use throughline_model::record::TopicPartition;
 use throughline_model::rows::{AlertRow, ReadingRow, Rows, SessionRow, TwinRow};
 use throughline_model::time::Timestamp;
 use throughline_runtime::ports::{Advance, BooksFound, Failure, Position, Store};
-use throughline_store::{SqlStore, StoreOptions, Table};
+use throughline_store::{AskIncarnation, Incarnation, SqlStore, StoreOptions, Table};
 use uuid::Uuid;
 
 const GROUP: &str = "load_warehouse";
@@ -36,6 +37,7 @@ impl Database {
             cluster_id: "cluster-1".into(),
             topic_ids: HashMap::from([(TOPIC.to_owned(), Uuid::from_u128(1))]),
             call_timeout: Duration::from_secs(20),
+            ..StoreOptions::default()
         }
     }
 
@@ -114,8 +116,10 @@ const CASES: &[Case] = &[
     ("a_refused_row_is_found_by_halving", a_refused_row_is_found_by_halving),
     ("a_clear_closes_its_alert_and_nothing_reopens_it", a_clear_closes_its_alert),
     ("twins_are_put_paged_and_removed", twins_are_put_paged_and_removed),
+    ("an_older_twin_never_replaces_a_newer_one", an_older_twin_never_replaces_a_newer_one),
     ("the_newest_session_of_a_device_is_found", the_newest_session_is_found),
     ("another_incarnation_stops_until_it_is_adopted", another_incarnation_stops),
+    ("a_running_store_notices_another_incarnation", a_running_store_notices_another_incarnation),
     ("books_that_are_not_ours_are_shown_as_foreign", foreign_books_are_shown),
     ("a_missing_table_stops", a_missing_table_stops),
     ("several_stores_open_at_once_and_find_the_tables_made", several_stores_open_at_once),
@@ -466,6 +470,31 @@ fn twins_are_put_paged_and_removed(database: &Database) {
     assert_eq!(store.twins(Some("s2"), None, 10).expect("one site").len(), 1);
 }
 
+fn an_older_twin_never_replaces_a_newer_one(database: &Database) {
+    let mut store = assigned(database, &[0]);
+    let begun_again = TwinRow { last_seen_at: Timestamp(NOON + 1_000), ..twin("s", "d", 1) };
+    let mut desired = begun_again.clone();
+    desired.desired_version = 1;
+    let offline = TwinRow { presence: "offline".into(), ..desired.clone() };
+    let after = TwinRow { last_seen_at: Timestamp(NOON), ..twin("s", "d", 0) };
+    // (what it shows, the rows of one write, the version, desired version and presence after it)
+    let steps = [
+        ("a twin", vec![twin("s", "d", 3)], (3, 0, "online")),
+        ("the replay of an older one", vec![twin("s", "d", 2)], (3, 0, "online")),
+        ("both in one write", vec![twin("s", "d", 5), twin("s", "d", 4)], (5, 0, "online")),
+        ("a topic that was begun again", vec![begun_again.clone()], (1, 0, "online")),
+        ("a request while the device is silent", vec![desired], (1, 1, "online")),
+        ("the twin before the request", vec![begun_again], (1, 1, "online")),
+        ("presence alone", vec![offline], (1, 1, "offline")),
+        ("a removal", vec![TwinRow::removal("s", "d"), after], (0, 0, "online")),
+    ];
+    for (at, (what, twins, expected)) in (0..).zip(steps) {
+        store.write(GROUP, &Rows { twins, ..Rows::default() }, &[advance(0, at, at + 1)]).expect("written");
+        let row = store.twin("s", "d").expect("read").expect("there");
+        assert_eq!((row.reported_version, row.desired_version, row.presence.as_str()), expected, "{what}");
+    }
+}
+
 fn the_newest_session_is_found(database: &Database) {
     let mut store = assigned(database, &[0]);
     let session = |generation: i64| SessionRow {
@@ -516,6 +545,40 @@ fn another_incarnation_stops(database: &Database) {
         Err(Failure::Stop { code, .. }) => assert_eq!(code, "TL-STORE-003"),
         result => panic!("{result:?}"),
     }
+}
+
+fn a_running_store_notices_another_incarnation(database: &Database) {
+    let of = |cluster: &str, topic: u128| Incarnation {
+        cluster_id: cluster.into(),
+        topic_ids: HashMap::from([(TOPIC.to_owned(), Uuid::from_u128(topic))]),
+    };
+    let present = Arc::new(Mutex::new(Some(of("cluster-1", 1))));
+    let asked = Arc::clone(&present);
+    let ask = AskIncarnation::new(move || {
+        let away = || Failure::Dependency { dependency: "kafka", message: "away".into() };
+        asked.lock().expect("nobody panics").clone().ok_or_else(away)
+    });
+    let options = StoreOptions { ask: Some(ask), ..database.options() };
+    let mut store = SqlStore::open(&database.url, options).expect("the store opens");
+    store.positions(GROUP, &[partition(0)]).expect("positions");
+    store.write(GROUP, &readings(0..9), &[advance(0, 0, 9)]).expect("written");
+    let gone = Incarnation { topic_ids: HashMap::new(), ..of("cluster-1", 1) };
+    for (what, now, expected) in [
+        ("the topic was made again", Some(of("cluster-1", 2)), Some("TL-STORE-004")),
+        ("another cluster", Some(of("cluster-2", 1)), Some("TL-STORE-004")),
+        ("the topic is gone, for now", Some(gone), None),
+        ("Kafka is away", None, None),
+    ] {
+        *present.lock().expect("nobody panics") = now;
+        match store.positions(GROUP, &[partition(0)]) {
+            Err(Failure::Stop { code, .. }) => assert_eq!(Some(code), expected, "{what}"),
+            Err(Failure::Dependency { dependency: "kafka", .. }) => assert_eq!(expected, None, "{what}"),
+            result => panic!("{what}: {result:?}"),
+        }
+    }
+    *present.lock().expect("nobody panics") = Some(of("cluster-1", 1));
+    assert_eq!(next(&mut store, 0), 9);
+    store.write(GROUP, &readings(9..10), &[advance(0, 9, 10)]).expect("it goes on");
 }
 
 fn foreign_books_are_shown(database: &Database) {

@@ -20,7 +20,10 @@ const DAY_US: i64 = 86_400_000_000;
 
 fn open(url: &str, call_timeout: Duration) -> Result<SqlStore, Failure> {
     let topic_ids = HashMap::from([(TOPIC.to_owned(), Uuid::from_u128(1))]);
-    SqlStore::open(url, StoreOptions { cluster_id: "c".into(), topic_ids, call_timeout })
+    SqlStore::open(
+        url,
+        StoreOptions { cluster_id: "c".into(), topic_ids, call_timeout, ..StoreOptions::default() },
+    )
 }
 
 fn partition() -> TopicPartition {

@@ -17,6 +17,7 @@ fn options() -> StoreOptions {
         cluster_id: "c".into(),
         topic_ids: HashMap::from([(TOPIC.to_owned(), Uuid::from_u128(1))]),
         call_timeout: Duration::from_millis(900),
+        ..StoreOptions::default()
     }
 }
 

@@ -52,6 +52,7 @@ const PUT_ALERTS: &str = "INSERT INTO alert (alert_id, rule_id, rule_version, si
      ON CONFLICT (alert_id) DO UPDATE SET state = excluded.state, cleared_at = excluded.cleared_at \
        WHERE alert.cleared_at IS NULL AND excluded.cleared_at IS NOT NULL";
 
+/// Puts twins, but none that is older than the row it meets (`TwinRow::is_older_than`).
 const PUT_TWINS: &str = "INSERT INTO twin (site_id, device_id, reported_version, desired_version, presence, \
        last_seen_at, document, message_id, trace_id) \
      SELECT s, d, r, e, p, timestamptz 'epoch' + seen * interval '1 microsecond', j::json, m::uuid, t \
@@ -60,7 +61,10 @@ const PUT_TWINS: &str = "INSERT INTO twin (site_id, device_id, reported_version,
      ON CONFLICT (site_id, device_id) DO UPDATE SET reported_version = excluded.reported_version, \
        desired_version = excluded.desired_version, presence = excluded.presence, \
        last_seen_at = excluded.last_seen_at, document = excluded.document, \
-       message_id = excluded.message_id, trace_id = excluded.trace_id";
+       message_id = excluded.message_id, trace_id = excluded.trace_id \
+     WHERE excluded.last_seen_at > twin.last_seen_at OR (excluded.last_seen_at = twin.last_seen_at \
+       AND excluded.reported_version >= twin.reported_version \
+       AND excluded.desired_version >= twin.desired_version)";
 
 const REMOVE_TWINS: &str = "DELETE FROM twin USING unnest($1::text[], $2::text[]) AS w (s, d) \
      WHERE site_id = w.s AND device_id = w.d";
@@ -279,8 +283,8 @@ async fn transact(
     copy_rows(&mut tx, buffer, write.readings).await.map_err(|e| fail("write readings", &e))?;
     copy_rows(&mut tx, buffer, write.sessions).await.map_err(|e| fail("write sessions", &e))?;
     put_alerts(&mut tx, &write.alerts).await.map_err(|e| fail("write alerts", &e))?;
-    put_twins(&mut tx, &write.twins.puts).await.map_err(|e| fail("write twins", &e))?;
     remove_twins(&mut tx, &write.twins.removals).await.map_err(|e| fail("remove twins", &e))?;
+    put_twins(&mut tx, &write.twins.puts).await.map_err(|e| fail("write twins", &e))?;
     tx.commit().await.map_err(|e| fail("commit (it may have happened)", &e))
 }
 
