@@ -1,5 +1,6 @@
 //! A real Apache Kafka of one node, as a child of this process.
 
+mod archive;
 mod probe;
 
 use crate::artifacts::{self, Notice};
@@ -31,14 +32,26 @@ pub struct KafkaOptions {
     pub port: Option<u16>,
     /// The JVM's heap in MB; the process takes about 200 MB more.
     pub heap_mb: u32,
+    /// How the JVM compiles.
+    pub compile: Compile,
     /// Broker settings in place of or beside the ordinary ones.
     pub settings: Vec<(String, String)>,
 }
 
+/// How the broker's JVM compiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compile {
+    /// Quickly and not well: a start costs less than half the CPU time.
+    Quick,
+    /// Well, for measurements and sustained load.
+    Full,
+}
+
 impl KafkaOptions {
-    /// Makes options for a directory: a free port, 512 MB of heap, ordinary settings.
+    /// Makes options for a directory: a free port, 512 MB of heap, quick compilation, ordinary settings.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
-        Self { data_dir: data_dir.into(), port: None, heap_mb: 512, settings: Vec::new() }
+        let settings = Vec::new();
+        Self { data_dir: data_dir.into(), port: None, heap_mb: 512, compile: Compile::Quick, settings }
     }
 }
 
@@ -47,6 +60,8 @@ impl KafkaOptions {
 pub struct ManagedKafka {
     options: KafkaOptions,
     jars: PathBuf,
+    /// Of the JVM's classes; the broker that makes it has none.
+    archive: Option<PathBuf>,
     port: u16,
     child: Option<Supervised>,
 }
@@ -61,11 +76,11 @@ impl ManagedKafka {
     pub fn start(options: KafkaOptions, notice: Notice<'_>) -> Result<Self, LocalError> {
         artifacts::java()?;
         let jars = artifacts::kafka(notice)?;
+        let archive = archive::archive(&jars, notice)?;
         let mut attempt = 1;
         loop {
-            let port = ports::wanted_or_free("Kafka", options.port)?;
-            let mut kafka = Self { options: options.clone(), jars: jars.clone(), port, child: None };
-            match kafka.launch() {
+            let mut kafka = Self::prepare(options.clone(), jars.clone(), Some(archive.clone()))?;
+            match kafka.launch(&[]) {
                 Ok(()) => return Ok(kafka),
                 Err(LocalError::Failed { tail, .. })
                     if tail.contains("Address already in use") && attempt < START_ATTEMPTS =>
@@ -75,6 +90,11 @@ impl ManagedKafka {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    fn prepare(options: KafkaOptions, jars: PathBuf, archive: Option<PathBuf>) -> Result<Self, LocalError> {
+        let port = ports::wanted_or_free("Kafka", options.port)?;
+        Ok(Self { options, jars, archive, port, child: None })
     }
 
     /// Returns the bootstrap servers.
@@ -120,7 +140,7 @@ impl ManagedKafka {
         if let Some(child) = self.child.take() {
             child.stop(Signal::TERM, STOP_LIMIT)?;
         }
-        self.launch()
+        self.launch(&[])
     }
 
     /// Ends the broker in order, which takes about a second; after 20 s it is killed.
@@ -146,7 +166,7 @@ impl ManagedKafka {
         Ok(command)
     }
 
-    fn launch(&mut self) -> Result<(), LocalError> {
+    fn launch(&mut self, flags: &[String]) -> Result<(), LocalError> {
         let dir = self.options.data_dir.clone();
         std::fs::create_dir_all(&dir).map_err(LocalError::io("create", &dir))?;
         let dir = dir.canonicalize().map_err(LocalError::io("find", &dir))?;
@@ -159,6 +179,11 @@ impl ManagedKafka {
             self.format(&dir, &config)?;
         }
 
+        let mut flags = flags.to_vec();
+        flags.extend(self.archive.as_ref().map(|file| format!("-XX:SharedArchiveFile={}", file.display())));
+        if self.options.compile == Compile::Quick {
+            flags.push("-XX:TieredStopAtLevel=1".to_owned());
+        }
         let jvm = [
             artifacts::java()?.display().to_string(),
             format!("-Xmx{}m", self.options.heap_mb),
@@ -168,12 +193,10 @@ impl ManagedKafka {
             "-Djava.awt.headless=true".to_owned(),
             format!("-Dthroughline.log={}", dir.join("kafka.log").display()),
             format!("-Dlog4j2.configurationFile={}", logging.display()),
-            "-cp".to_owned(),
-            self.jars.join("*").display().to_string(),
-            "kafka.Kafka".to_owned(),
-            config.display().to_string(),
         ];
-        let program = Program { name: "kafka", dir: &dir, command: words(jvm), env: Vec::new(), user: None };
+        let class = ["-cp".to_owned(), self.jars.join("*").display().to_string(), "kafka.Kafka".to_owned()];
+        let command = words(jvm.into_iter().chain(flags).chain(class).chain([config.display().to_string()]));
+        let program = Program { name: "kafka", dir: &dir, command, env: Vec::new(), user: None };
         let mut child = Supervised::spawn(program)?;
         let port = self.port;
         child.wait_ready(START_LIMIT, || probe::serves(port))?;

@@ -79,6 +79,7 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
         output::progress("starting Kafka …");
         let managed = start_kafka(&data_dir, args, ports)?;
         config.kafka.bootstrap = managed.bootstrap();
+        tracing::info!(bootstrap = config.kafka.bootstrap, "Kafka serves");
         kafka = Some(managed);
     }
     let mut registry = None;
@@ -103,11 +104,13 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     let _http = process::serve_http(&context)?;
     topics::apply_quietly(&context)?;
     context.bind_schemas()?;
+    tracing::info!("topics and schemas are in place");
     let mut running = Vec::new();
     for role in ROLES {
         running.push(roles::start(&context, role)?);
     }
     wait_until_ready(&context, &signals)?;
+    tracing::info!("every role is at work");
     let demo = if args.no_demo { None } else { Some(demo::start(&context)?) };
     let endpoints = endpoints_of(&context.config);
     endpoints.write(&data_dir).map_err(local)?;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_local::child::{Program, Supervised};
-use throughline_local::kafka::{KafkaOptions, ManagedKafka};
+use throughline_local::kafka::{Compile, KafkaOptions, ManagedKafka};
 use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
 use throughline_local::registry::EmbeddedRegistry;
 use throughline_local::{LocalError, ports, scratch_dir};
@@ -49,7 +49,7 @@ impl Place {
         let mut kafka = None;
         if flags.kafka.is_none() {
             output::progress("starting Kafka …");
-            let options = KafkaOptions::new(scratch.path().join("kafka"));
+            let options = KafkaOptions { compile: Compile::Full, ..KafkaOptions::new(scratch.path().join("kafka")) };
             let managed = ManagedKafka::start(options, &mut |text| output::notice(text)).map_err(local)?;
             config.kafka.bootstrap = managed.bootstrap();
             kafka = Some(managed);
