@@ -8,8 +8,10 @@ use parking_lot::RwLock;
 use rdkafka::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::Message;
 use rdkafka::producer::{BaseProducer, DeliveryResult, Producer, ProducerContext, PurgeConfig};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -23,6 +25,10 @@ const _: () = assert!(size_of::<usize>() == size_of::<u64>(), "tokens need 64-bi
 
 /// One turn of the thread that serves deliveries; they are served as they come within it.
 const TURN: Duration = Duration::from_millis(100);
+/// How often a topic that took nothing is asked for, and how long the answer may take. The thread that asks
+/// serves deliveries, so it is not to wait long.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+const ANSWER_WITHIN: Duration = Duration::from_millis(500);
 /// How long a producer that ends waits for the fate of its last records.
 const LAST_REPORTS: Duration = Duration::from_secs(5);
 
@@ -113,8 +119,43 @@ impl NotTaken {
 
 type Callback = Arc<dyn Fn(u64, Fate) + Send + Sync>;
 
+/// Topics that take nothing, until the cluster says otherwise.
+///
+/// librdkafka forgets every second that a topic is missing. It would then take a record while it asks, and
+/// report it as failed a moment later, and each such report costs a connection.
+#[derive(Default)]
+struct ClosedTopics {
+    any: AtomicBool,
+    why: RwLock<BTreeMap<String, String>>,
+}
+
+impl ClosedTopics {
+    fn why(&self, topic: &str) -> Option<String> {
+        if self.any.load(Ordering::Relaxed) { self.why.read().get(topic).cloned() } else { None }
+    }
+
+    fn close(&self, topic: &str, why: &str) {
+        self.why.write().insert(topic.to_owned(), why.to_owned());
+        self.any.store(true, Ordering::Relaxed);
+    }
+
+    /// Opens those again that the cluster knows and lets us see.
+    fn ask(&self, producer: &BaseProducer<Deliveries>) {
+        let closed: Vec<String> = self.why.read().keys().cloned().collect();
+        for topic in closed {
+            let metadata = producer.client().fetch_metadata(Some(&topic), ANSWER_WITHIN);
+            if metadata.is_ok_and(|m| m.topics().iter().all(|t| t.error().is_none())) {
+                let mut why = self.why.write();
+                why.remove(&topic);
+                self.any.store(!why.is_empty(), Ordering::Relaxed);
+            }
+        }
+    }
+}
+
 struct Deliveries {
     callback: Callback,
+    closed: Arc<ClosedTopics>,
 }
 
 impl ClientContext for Deliveries {
@@ -131,6 +172,17 @@ impl ProducerContext for Deliveries {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, result: &DeliveryResult<'_>, token: usize) {
+        use RDKafkaErrorCode as Code;
+        if let Err((error, message)) = result
+            && let Some(
+                code @ (Code::UnknownTopic
+                | Code::UnknownTopicOrPartition
+                | Code::InvalidTopic
+                | Code::TopicAuthorizationFailed),
+            ) = error.rdkafka_error_code()
+        {
+            self.closed.close(message.topic(), &code.to_string());
+        }
         (self.callback)(token as u64, Fate::of(result));
     }
 }
@@ -139,6 +191,7 @@ struct Shared {
     config: KafkaConfig,
     tuning: IngressConfig,
     callback: Callback,
+    closed: Arc<ClosedTopics>,
     /// Written only when a fatal error made a new producer necessary.
     producer: RwLock<Arc<BaseProducer<Deliveries>>>,
     stop: AtomicBool,
@@ -162,9 +215,10 @@ impl IngressProducer {
         delivered: impl Fn(u64, Fate) + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
         let callback: Callback = Arc::new(delivered);
-        let producer = RwLock::new(Arc::new(make(config, tuning, &callback)?));
-        let (config, tuning) = (config.clone(), tuning.clone());
-        let shared = Arc::new(Shared { config, tuning, callback, producer, stop: AtomicBool::new(false) });
+        let closed = Arc::default();
+        let producer = RwLock::new(Arc::new(make(config, tuning, &callback, &closed)?));
+        let (config, tuning, stop) = (config.clone(), tuning.clone(), AtomicBool::new(false));
+        let shared = Arc::new(Shared { config, tuning, callback, closed, producer, stop });
         let serving = Arc::clone(&shared);
         let server = std::thread::Builder::new()
             .name("kafka-ingress".to_owned())
@@ -192,8 +246,18 @@ impl IngressProducer {
     /// # Errors
     /// [`NotTaken`]; after all but [`NotTaken::Record`] try again later.
     pub fn offer(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
+        let closed = &self.shared.closed;
+        if let Some(why) = closed.why(record.topic) {
+            return Err(NotTaken::Topic(why));
+        }
         let producer = self.shared.producer.read();
-        produce(&producer, record, token as usize).map_err(|e| NotTaken::because(&e))
+        produce(&producer, record, token as usize).map_err(|error| {
+            let not_taken = NotTaken::because(&error);
+            if let NotTaken::Topic(why) = &not_taken {
+                closed.close(record.topic, why);
+            }
+            not_taken
+        })
     }
 }
 
@@ -227,6 +291,7 @@ fn make(
     config: &KafkaConfig,
     tuning: &IngressConfig,
     callback: &Callback,
+    closed: &Arc<ClosedTopics>,
 ) -> Result<BaseProducer<Deliveries>, Failure> {
     let mut client = config.writer();
     client
@@ -234,17 +299,22 @@ fn make(
         .set("message.timeout.ms", tuning.produce_timeout_ms.to_string())
         .set("queue.buffering.max.messages", tuning.queue_records_max.to_string())
         .set("queue.buffering.max.kbytes", tuning.queue_kib_max.to_string());
-    let context = Deliveries { callback: Arc::clone(callback) };
+    let context = Deliveries { callback: Arc::clone(callback), closed: Arc::clone(closed) };
     BaseProducer::from_config_and_context(&client, context).map_err(|e| refused_config(&e))
 }
 
 fn serve(shared: &Shared) {
+    let mut asked = Instant::now();
     while !shared.stop.load(Ordering::Acquire) {
         let producer = Arc::clone(&shared.producer.read());
         producer.poll(TURN);
+        if shared.closed.any.load(Ordering::Relaxed) && asked.elapsed() >= ASK_AGAIN {
+            shared.closed.ask(&producer);
+            asked = Instant::now();
+        }
         if let Some((code, why)) = producer.client().fatal_error() {
             warn!("the bridge's Kafka producer is made anew: {code}: {why}");
-            match make(&shared.config, &shared.tuning, &shared.callback) {
+            match make(&shared.config, &shared.tuning, &shared.callback, &shared.closed) {
                 Ok(renewed) => {
                     *shared.producer.write() = Arc::new(renewed);
                     end(&producer);

@@ -6,8 +6,9 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
+use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_kafka::browse::{Begin, Stop, browse};
-use throughline_kafka::{Fate, IngressConfig, IngressProducer};
+use throughline_kafka::{Fate, IngressConfig, IngressProducer, NotTaken};
 use throughline_model::ids::partition_of;
 use throughline_model::record::{Headers, Outgoing};
 use throughline_runtime::ports::{Ingress, Refused};
@@ -77,4 +78,43 @@ fn ingress_reports_each_token_once_and_partitions_as_java_does() {
     let expected: BTreeMap<_, _> = (0..KEYS).map(|i| (key(i), partition_of(key(i).as_bytes(), 7))).collect();
     assert_eq!(places(&ours), expected);
     assert_eq!(places(&javas), expected);
+}
+
+#[test]
+fn a_missing_topic_is_refused_until_it_is_there_and_others_are_served() {
+    let (there, missing) = (topic("there", 1, &[]), unique("missing"));
+    let mut own = config("bridge-waits");
+    // How long librdkafka hopes for a new topic; it keeps what it took meanwhile.
+    own.properties.insert("topic.metadata.propagation.max.ms".to_owned(), "100".to_owned());
+    let reported: Arc<Mutex<BTreeMap<u64, Fate>>> = Arc::default();
+    let book = Arc::clone(&reported);
+    let ingress = IngressProducer::start(&own, &IngressConfig::default(), move |token, fate| {
+        book.lock().unwrap().insert(token, fate);
+    })
+    .expect("starts");
+    let offer = |topic: &str, token: u64| {
+        let (key, value, headers) = (Some(b"k".as_slice()), Some(b"v".as_slice()), Headers::default());
+        ingress.offer(Outgoing { topic, partition: None, key, value, headers }, token)
+    };
+    let refused = |token| matches!(offer(&missing, token), Err(NotTaken::Topic(_)));
+    let mut tokens = 0..;
+    let mut next = || tokens.next().expect("endless");
+    wait_for("the topic to be refused", || refused(next()).then_some(()));
+    wait_for("what was taken to fail", || (ingress.in_flight() == 0).then_some(()));
+    assert!(reported.lock().unwrap().values().all(|fate| *fate == Fate::Failed));
+    // librdkafka itself forgets it within a second and would take records to fail.
+    for _ in 0..60 {
+        assert!(refused(next()), "it stays refused");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    offer(&there, u64::MAX).expect("another topic is served");
+    let new = NewTopic { name: missing.clone(), partitions: 1, replication: 1, configs: BTreeMap::default() };
+    Admin::new(&own).expect("a client").create_topics(&[new]).expect("made");
+    let token = wait_for("the topic to be taken", || {
+        let token = next();
+        offer(&missing, token).is_ok().then_some(token)
+    });
+    wait_for("the acknowledgement", || {
+        (reported.lock().unwrap().get(&token) == Some(&Fate::Delivered)).then_some(())
+    });
 }
