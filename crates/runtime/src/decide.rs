@@ -301,7 +301,7 @@ where
         }
         let mut done =
             self.tables.follow(&mut self.stage, &mut self.reader, &mut self.schemas, &self.signals, now);
-        let chosen = self.to_activate();
+        let chosen = self.next_tasks();
         if done.is_ok() && self.tables.are_complete() && !chosen.is_empty() {
             // A restore may take long: what the running tasks did must not wait for it.
             self.commit_now()?;
@@ -343,7 +343,7 @@ where
 
     /// Returns the tasks to activate next: all that are complete or, after a failure and until none waits,
     /// one at a time, so that a partition which cannot be restored does not hold up the others.
-    fn to_activate(&mut self) -> Vec<i32> {
+    fn next_tasks(&mut self) -> Vec<i32> {
         let mut complete = self.complete();
         if complete.is_empty() {
             self.failed_last = None;
@@ -676,7 +676,7 @@ where
         }
         self.recovery.failed(self.clock.now());
         self.needs_reset = true;
-        self.effects.outbox_mut().clear();
+        self.effects.clear();
         self.pending = Pending::default();
         for number in std::mem::take(&mut self.tasks).into_keys() {
             self.suspend(number);
