@@ -73,8 +73,11 @@ pub struct Bounds {
     pub sessions_max: usize,
     /// How long a persistent session outlives its connection at most.
     pub session_expiry_max_s: u32,
-    /// Session events and wills of a worker that wait for Kafka; more are dropped and counted.
+    /// Session events and wills of a worker that wait for Kafka; more are dropped and counted. So many wills
+    /// of all workers may wait for their delay; more are published at once.
     pub asides_max: usize,
+    /// Their bytes; the same holds beyond it.
+    pub asides_bytes_max: usize,
 }
 
 impl Default for Bounds {
@@ -89,6 +92,7 @@ impl Default for Bounds {
             sessions_max: 100_000,
             session_expiry_max_s: 86_400,
             asides_max: 10_000,
+            asides_bytes_max: 16 << 20,
         }
     }
 }

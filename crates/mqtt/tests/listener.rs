@@ -508,6 +508,31 @@ fn only_who_may_connect_does() {
 }
 
 #[test]
+fn a_connection_whose_password_is_still_checked_is_closed_at_its_deadline() {
+    let rig = Rig::with(|l| {
+        l.anonymous_on_loopback = false;
+        l.bounds.connect_deadline_ms = 300;
+        // So many rounds take longer than the deadline.
+        let slow = SECRET.replace("$7$2$", "$7$1000000$");
+        l.logins = vec![
+            LoginConfig { password_hash: Some(slow), ..login("slow", &["s"], &[]) },
+            login("u", &["s"], &[]),
+        ];
+    });
+    let join = |user: &str| {
+        let mut raw = rig.raw();
+        raw.send(&connect(4, "c", 0xc2, 0, &credentials(user, "secret")));
+        raw
+    };
+    let crowd: Vec<Raw> = (0..20).map(|_| join("slow")).collect();
+    for mut raw in crowd {
+        raw.expect_end();
+    }
+    // Those whose turn had not come cost nothing, so another user is soon admitted.
+    until("the other user to be admitted", || join("u").read().is_some_and(|connack| connack[3] == 0));
+}
+
+#[test]
 fn a_login_binds_its_clients_to_their_devices() {
     let rig = Rig::with(|l| {
         l.anonymous_on_loopback = false;
@@ -705,6 +730,107 @@ fn more_connections_than_the_bound_are_closed_as_they_come() {
         assert!(std::time::Instant::now() < deadline, "room was not made");
     }
     first.ping();
+}
+
+#[test]
+fn a_client_that_left_again_does_not_get_the_will_it_had_before() {
+    let rig = Rig::with(|l| l.workers = 2);
+    // Will Delay Interval as given; Session Expiry Interval 60 s.
+    let will = |delay: u8, seq: u64| {
+        [vec![5, 0x18, 0, 0, 0, delay], text(TOPIC.as_bytes()), text(&reading(seq))].concat()
+    };
+    let join = |id: &str, flags: u8, rest: &[u8]| {
+        let mut raw = rig.raw();
+        raw.send(&connect_with(5, id, flags, 0, &[0x11, 0, 0, 0, 60], rest));
+        assert_eq!(raw.connack(5).1, 0);
+        raw
+    };
+    drop(join("site-1/back", 4, &will(1, 1)));
+    rig.sessions(2);
+    let mut back = join("site-1/back", 0, &[]);
+    back.send(&[0xe0, 0]);
+    back.expect_end();
+    drop(join("site-1/gone", 4, &will(2, 2)));
+    let sent = rig.memory.wait_for(DEVICE_TELEMETRY_V1, 1);
+    assert_eq!(rig.message(&sent[0]).seq, Some(2), "the older will was voided when its client came back");
+}
+
+#[test]
+fn wills_that_wait_for_their_delay_are_published_when_the_instance_is_drained() {
+    let mut rig = Rig::start();
+    let will = [vec![5, 0x18, 0, 0, 0, 60], text(TOPIC.as_bytes()), text(&reading(1))].concat();
+    let mut lost = rig.raw();
+    lost.send(&connect_with(5, "site-1/lost", 4, 0, &[0x11, 0, 0, 0, 60], &will));
+    assert_eq!(lost.connack(5).1, 0);
+    drop(lost);
+    rig.sessions(2);
+    rig.bridge.drain(PATIENCE);
+    assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 1, "its session ends with the instance");
+}
+
+#[test]
+fn wills_that_wait_are_bounded_in_bytes() {
+    let rig = Rig::with(|l| l.bounds.asides_bytes_max = 8_000);
+    let leave = |id: &str, letter: u8| {
+        let will = [vec![5, 0x18, 0, 0, 0, 60], text(TOPIC.as_bytes()), text(&[letter; 4_500])].concat();
+        let mut raw = rig.raw();
+        raw.send(&connect_with(5, id, 4, 0, &[0x11, 0, 0, 0, 60], &will));
+        assert_eq!(raw.connack(5).1, 0);
+    };
+    leave("site-1/first", b'a');
+    rig.sessions(2);
+    leave("site-1/second", b'b');
+    let letters = rig.memory.wait_for(TELEMETRY_DLT, 1);
+    assert_eq!(letters[0].value, [b'b'; 4_500], "there is no room for it to wait");
+}
+
+#[test]
+fn a_drained_listener_waits_for_connections_that_take_their_last_bytes() {
+    let mut rig = Rig::with(|l| l.bounds.open_publishes_max = 1);
+    rig.memory.hold();
+    let mut client = rig.client(5, "site-1/pump-7");
+    client.send(&publish(5, TOPIC, 1, &reading(1)));
+    rig.memory.wait_for(DEVICE_TELEMETRY_V1, 1);
+    // More than the system holds for a connection that is not read.
+    let mut sender = Raw(client.0.try_clone().expect("clones"));
+    let sends = std::thread::spawn(move || {
+        let packets: Vec<u8> = (0..100).flat_map(|_| publish(5, TOPIC, 2, &[b'x'; 100_000])).collect();
+        sender.0.write_all(&packets)
+    });
+    let memory = std::sync::Arc::clone(&rig.memory);
+    let drained = std::thread::spawn(move || {
+        rig.bridge.drain(PATIENCE);
+        rig
+    });
+    memory.flow();
+    client.expect_puback(1);
+    client.expect(&[0xe0, 2, 0x8b, 0]);
+    client.expect_end();
+    sends.join().expect("ends").expect("the connection is not reset");
+    drop(client);
+    drained.join().expect("drains");
+}
+
+#[test]
+fn subscriptions_of_a_session_are_bounded() {
+    for (level, refused) in [(4, 0x80), (5, 0x97)] {
+        let rig = Rig::start();
+        let mut client = rig.client(level, "s/gateway");
+        let subscribe = |names: std::ops::Range<usize>| {
+            let mut body = vec![0, 7];
+            body.extend((level == 5).then_some(0));
+            body.extend(
+                names.flat_map(|n| [text(format!("tl/s/d{n}/command").as_bytes()), vec![1]].concat()),
+            );
+            packet(0x82, &body)
+        };
+        client.send(&subscribe(0..65));
+        let suback = client.read().expect("a SUBACK");
+        assert_eq!(suback[suback.len() - 65..], [&[1; 64][..], &[refused]].concat(), "{level}");
+        client.send(&subscribe(63..65));
+        let suback = client.read().expect("a SUBACK");
+        assert_eq!(suback[suback.len() - 2..], [1, refused], "one that is there already is granted again");
+    }
 }
 
 /// What a conversation led to: the answers, and what was stored.

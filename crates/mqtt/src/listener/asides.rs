@@ -1,6 +1,7 @@
 //! Session events and wills: records that no client waits for. They are kept until Kafka has them, tried
 //! again a bounded number of times, and counted where they are lost.
 
+use crate::config::Bounds;
 use crate::inbox::{SLOTS_MAX, Token};
 use crate::outflow::Outflow;
 use crate::producer::NotTaken;
@@ -26,6 +27,8 @@ struct Aside {
 pub(crate) struct Asides {
     worker: u8,
     held_max: usize,
+    bytes_max: usize,
+    bytes: usize,
     queue: VecDeque<u32>,
     /// Those whose topic takes nothing, until [`Asides::retry`]; what comes after them waits behind them.
     blocked: VecDeque<u32>,
@@ -35,10 +38,12 @@ pub(crate) struct Asides {
 }
 
 impl Asides {
-    pub(crate) fn new(worker: u8, held_max: usize) -> Self {
+    pub(crate) fn new(worker: u8, bounds: &Bounds) -> Self {
         Self {
             worker,
-            held_max,
+            held_max: bounds.asides_max,
+            bytes_max: bounds.asides_bytes_max,
+            bytes: 0,
             queue: VecDeque::new(),
             blocked: VecDeque::new(),
             all: HashMap::new(),
@@ -57,15 +62,23 @@ impl Asides {
         if records.is_empty() {
             return;
         }
-        if self.all.len() >= self.held_max {
+        let bytes = self.bytes + records.bytes_held();
+        if self.all.len() >= self.held_max || bytes > self.bytes_max {
             self.lost.add(1);
             return;
         }
+        self.bytes = bytes;
         let sequence = self.next;
         // The bound is far below the number of sequences, so none is in use twice.
         self.next = (self.next + 1) & crate::inbox::SEQUENCE_MASK;
         self.all.insert(sequence, Aside { records, sent: 0, waiting: 0, failed: false, attempts: 1 });
         self.enqueue(sequence);
+    }
+
+    fn forget(&mut self, sequence: u32) {
+        if let Some(aside) = self.all.remove(&sequence) {
+            self.bytes -= aside.records.bytes_held();
+        }
     }
 
     fn enqueue(&mut self, sequence: u32) {
@@ -98,7 +111,7 @@ impl Asides {
                     aside.sent += 1;
                 }
                 if aside.waiting == 0 && aside.sent == aside.records.len() {
-                    self.all.remove(&sequence);
+                    self.forget(sequence);
                 }
             }
             self.queue.pop_front();
@@ -117,7 +130,7 @@ impl Asides {
             if aside.failed {
                 self.lost.add(1);
             }
-            self.all.remove(&sequence);
+            self.forget(sequence);
             return;
         }
         // Session events carry ids, so one that Kafka did take is recognised when it comes twice.

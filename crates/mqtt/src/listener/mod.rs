@@ -8,6 +8,7 @@ mod publish;
 mod serve;
 mod session;
 mod slots;
+mod wills;
 pub(crate) mod worker;
 
 use crate::auth::Logins;
@@ -69,6 +70,7 @@ pub(crate) struct Shared {
     inboxes: Arc<Inboxes>,
     logins: Logins,
     registry: Registry,
+    wills: wills::Wills,
     commands: Vec<Mutex<Vec<Command>>>,
     connections: AtomicUsize,
     sums: Sums,
@@ -183,6 +185,7 @@ impl Listener {
             inboxes: around.inboxes,
             logins: Logins::load(&config.logins)?,
             registry: Registry::new(config.bounds.sessions_max),
+            wills: wills::Wills::default(),
             commands: (0..workers).map(|_| Mutex::default()).collect(),
             connections: AtomicUsize::new(0),
             sums: Sums::default(),
@@ -257,7 +260,7 @@ fn joined(thread: JoinHandle<()>) {
 
 fn runtime() -> Result<tokio::runtime::Runtime, BridgeError> {
     let mut builder = tokio::runtime::Builder::new_current_thread();
-    builder.enable_all().max_blocking_threads(2).build().map_err(BridgeError::Worker)
+    builder.enable_all().max_blocking_threads(worker::VERIFIED_AT_ONCE).build().map_err(BridgeError::Worker)
 }
 
 fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, BridgeError> {

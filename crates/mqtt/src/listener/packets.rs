@@ -136,6 +136,8 @@ pub(crate) enum Granted {
     NotOwn,
     Wildcard,
     Shared,
+    /// The session has as many subscriptions as it may have.
+    Quota,
 }
 
 /// Makes the SUBACK.
@@ -156,6 +158,7 @@ pub(crate) fn suback(level: u8, packet_id: u16, granted: &[Granted]) -> Option<P
         Granted::NotOwn => SubackReasonCode::NotAuthorized,
         Granted::Wildcard => SubackReasonCode::WildcardSubscriptionsNotSupported,
         Granted::Shared => SubackReasonCode::SharedSubscriptionsNotSupported,
+        Granted::Quota => SubackReasonCode::QuotaExceeded,
     };
     let codes = granted.iter().map(code).collect();
     let suback = v5_0::Suback::builder().packet_id(packet_id).reason_codes(codes).build();

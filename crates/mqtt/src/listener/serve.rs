@@ -279,6 +279,7 @@ async fn serve(worker: Rc<Worker>, conn: Rc<Conn>, mut socket: OwnedReadHalf) {
         }
     }
     worker.set_paused(&conn, false);
+    worker.lingering.set(worker.lingering.get() + 1);
     worker.left(&conn);
     let linger = async {
         while !conn.state.borrow().out.is_empty() && conn.flush() {
@@ -296,6 +297,9 @@ async fn serve(worker: Rc<Worker>, conn: Rc<Conn>, mut socket: OwnedReadHalf) {
     let _ = tokio::time::timeout(LINGER, linger).await;
     conn.write.borrow_mut().take();
     worker.shared.forget_connection();
+    worker.lingering.set(worker.lingering.get() - 1);
+    // It may have been the last that a drain waits for.
+    worker.shared.inboxes.wake(worker.index);
 }
 
 async fn ready(socket: &OwnedReadHalf, interest: Option<Interest>) -> std::io::Result<tokio::io::Ready> {

@@ -1,17 +1,18 @@
-//! CONNECT, SUBSCRIBE, leaving, takeover and wills.
+//! CONNECT, SUBSCRIBE, leaving and takeover.
 
 use super::conn::{Client, Conn, Phase, Will};
 use super::packets::{self, Connect, Granted, Offer, Refusal};
-use super::worker::{DelayedWill, Worker, wall_clock};
+use super::wills::will_publish;
+use super::worker::{Worker, wall_clock};
 use super::{Command, Event};
 use crate::auth::Login;
-use crate::feeds::Publish;
 use crate::sessions::{Asked, Happened, Owner, device_from_client_id, device_of_client, push_event};
 use crate::transform::{Scope, Verdict};
 use mqtt_protocol_core::mqtt::packet::{GenericPacketTrait, Packet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use throughline_model::ids::check_name;
 use throughline_model::record::Outbox;
 
 impl Worker {
@@ -37,11 +38,16 @@ impl Worker {
         let worker = Rc::clone(self);
         let conn = Rc::clone(conn);
         tokio::task::spawn_local(async move {
-            // A hash of many rounds takes long, so it is not made on the worker's thread; the runtime has
-            // two threads for it, which bounds what a crowd of clients can cost.
+            // A hash of many rounds takes long, so it is not made on the worker's thread, and only so many at
+            // once: a client whose time is over when its turn comes costs nothing.
+            let turn = worker.verifying.acquire().await;
+            if conn.phase() != Phase::Authenticating {
+                return;
+            }
             let checked = Arc::clone(&login);
             let password = connect.password.clone().unwrap_or_default();
             let verified = tokio::task::spawn_blocking(move || checked.verify(&password)).await;
+            drop(turn);
             if conn.phase() != Phase::Authenticating {
                 return;
             }
@@ -82,6 +88,8 @@ impl Worker {
         let asked = Asked { clean: connect.clean, expiry: Duration::from_secs(u64::from(expiry_s)) };
         let now = Instant::now();
         let opened = self.shared.registry.open(&connect.client_id, asked, conn.owner, now, wall_clock());
+        // Its delay begins anew when the client leaves again, with the will that it brings now.
+        self.shared.wills.void(&connect.client_id);
         if let Some(owner) = opened.taken_over {
             self.shared.command(owner.worker, Command::TakeOver(owner));
         }
@@ -162,10 +170,12 @@ impl Worker {
             let scope = client.scope();
             let mut granted = Vec::new();
             for (filter, qos) in filters {
-                let outcome = grant(filter, qos, &scope);
-                if let Granted::Qos(_) = outcome {
-                    self.shared.registry.subscribe(&client.id, filter);
-                } else {
+                let mut outcome = grant(filter, qos, &scope);
+                let granted_qos = matches!(outcome, Granted::Qos(_));
+                if granted_qos && !self.shared.registry.subscribe(&client.id, filter) {
+                    outcome = Granted::Quota;
+                }
+                if !matches!(outcome, Granted::Qos(_)) {
                     self.meters.refused("subscription");
                 }
                 granted.push(outcome);
@@ -258,84 +268,29 @@ impl Worker {
         self.meters.disconnect(cause);
         let Some(client) = client else { return };
         let now = Instant::now();
-        let registry = &self.shared.registry;
-        registry.close(&client.id, conn.owner, client.session_expiry, unacknowledged, now);
         let level = conn.state.borrow().level;
         let mut records = Outbox::default();
         if !client.announced {
             self.event(&mut records, &client, level, "connected", None);
         }
         let event = if cause == "taken_over" { "taken_over" } else { "disconnected" };
+        self.event(&mut records, &client, level, event, Some(cause));
+        self.asides.borrow_mut().push(records);
         // A drained instance and a fault of the platform say nothing about the device.
         let ours = matches!(cause, "shutdown" | "delivery_failed");
         let will = client.will.as_ref().filter(|_| !will_void && !ours);
+        let close = || {
+            let registry = &self.shared.registry;
+            registry.close(&client.id, conn.owner, client.session_expiry, unacknowledged, now)
+        };
         match will {
+            Some(will) => self.will(&client, level, will, now, close),
             None => {
-                self.event(&mut records, &client, level, event, Some(cause));
-                self.asides.borrow_mut().push(records);
-            }
-            Some(will) => {
-                self.event(&mut records, &client, level, event, Some(cause));
-                self.asides.borrow_mut().push(records);
-                self.will(&client, level, will, now);
+                close();
             }
         }
         self.asides.borrow_mut().send(&self.shared.outflow);
         self.shared.inboxes.wake(self.index);
-    }
-
-    /// Makes the will's records: the session event, and what its topic's feed makes of it.
-    fn will(&self, client: &Client, level: u8, will: &Will, now: Instant) {
-        let mut records = Outbox::default();
-        self.event(&mut records, client, level, "will", None);
-        {
-            let mut transformer = self.transformer.borrow_mut();
-            let publish = will_publish(&client.id, client.login.as_deref(), will);
-            match transformer.admit(&publish, &client.scope(), None) {
-                Verdict::Accepted => {}
-                Verdict::DeadLettered(code) => {
-                    self.meters.dead_letter(transformer.records().get(0).topic, code);
-                }
-                Verdict::Forbidden(reason) => self.meters.refused(reason),
-            }
-            for record in transformer.records().iter() {
-                let topic = record.topic.into();
-                records.push(&topic, record.partition, record.key, record.value, record.headers.iter());
-            }
-        }
-        // A will's delay ends with the session.
-        let delay = will.delay.min(client.session_expiry);
-        if delay.is_zero() {
-            self.asides.borrow_mut().push(records);
-            return;
-        }
-        let mut wills = self.wills.borrow_mut();
-        if wills.len() >= self.shared.config.bounds.asides_max {
-            self.asides.borrow_mut().push(records);
-            return;
-        }
-        wills.push(DelayedWill {
-            at: now + delay,
-            client_id: client.id.clone(),
-            session_generation: client.session_generation,
-            records,
-        });
-    }
-
-    /// Publishes the wills whose delay is over, but for clients that came back.
-    pub(crate) fn fire_wills(&self, now: Instant) {
-        let mut wills = self.wills.borrow_mut();
-        let mut index = 0;
-        while index < wills.len() {
-            if wills[index].at > now {
-                index += 1;
-                continue;
-            }
-            let will = wills.swap_remove(index);
-            if !self.shared.registry.is_newer_connected(&will.client_id, will.session_generation) {
-                self.asides.borrow_mut().push(will.records);
-            }
-        }
     }
 
     /// Says that a client is connected, as soon as its device is known: by its client id, or by what it
@@ -363,7 +318,7 @@ impl Worker {
         asides.send(&self.shared.outflow);
     }
 
-    fn event(
+    pub(super) fn event(
         &self,
         records: &mut Outbox,
         client: &Client,
@@ -399,18 +354,6 @@ impl Worker {
     }
 }
 
-fn will_publish<'a>(client_id: &'a str, login: Option<&'a Login>, will: &'a Will) -> Publish<'a> {
-    Publish {
-        topic: &will.topic,
-        payload: &will.payload,
-        client_id,
-        user: login.map(|l| l.user.as_str()),
-        login_site: login.and_then(Login::single_site),
-        properties: &[],
-        received_at: wall_clock(),
-    }
-}
-
 fn grant(filter: &str, qos: u8, scope: &Scope<'_>) -> Granted {
     if filter.starts_with("$share/") {
         return Granted::Shared;
@@ -420,7 +363,11 @@ fn grant(filter: &str, qos: u8, scope: &Scope<'_>) -> Granted {
     }
     let levels: Vec<&str> = filter.split('/').collect();
     match levels[..] {
-        ["tl", site, device, "command" | "desired"] if scope.permits(site, device) => {
+        ["tl", site, device, "command" | "desired"]
+            if check_name("site", site).is_ok()
+                && check_name("device", device).is_ok()
+                && scope.permits(site, device) =>
+        {
             Granted::Qos(qos.min(1))
         }
         _ => Granted::NotOwn,
@@ -448,6 +395,9 @@ mod tests {
             ("#", 1, &Scope::default(), Granted::Wildcard),
             ("$share/g/tl/s/d/command", 1, &of_site, Granted::Shared),
             ("tl/x/y/command", 1, &Scope::default(), Granted::Qos(1)),
+            ("tl/x//command", 1, &Scope::default(), Granted::NotOwn),
+            ("tl/x/a b/command", 1, &Scope::default(), Granted::NotOwn),
+            (&format!("tl/x/{}/command", "y".repeat(129)), 1, &Scope::default(), Granted::NotOwn),
         ] {
             assert_eq!(grant(filter, qos, scope), expected, "{filter}");
         }

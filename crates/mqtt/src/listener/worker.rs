@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use throughline_model::time::Timestamp;
+use tokio::sync::Semaphore;
 use tokio::task::LocalSet;
 
 /// Deadlines are checked this often: a keep-alive is seconds, so a quarter of one is near enough.
@@ -28,13 +29,8 @@ const READ_BYTES: usize = 64 << 10;
 /// How long session events may still be written after the last connection was drained.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// A will that waits for its delay.
-pub(crate) struct DelayedWill {
-    pub(crate) at: Instant,
-    pub(crate) client_id: String,
-    pub(crate) session_generation: i64,
-    pub(crate) records: throughline_model::record::Outbox,
-}
+/// Passwords that a worker checks at once.
+pub(super) const VERIFIED_AT_ONCE: usize = 2;
 
 /// One worker.
 pub(crate) struct Worker {
@@ -43,7 +39,6 @@ pub(crate) struct Worker {
     pub(crate) slots: RefCell<Slots>,
     pub(crate) transformer: RefCell<Transformer>,
     pub(crate) asides: RefCell<Asides>,
-    pub(crate) wills: RefCell<Vec<DelayedWill>>,
     pub(crate) buffer: RefCell<Vec<u8>>,
     /// Connections whose records the full producer did not take, in the order they found it full.
     pub(crate) held: RefCell<VecDeque<Rc<Conn>>>,
@@ -52,6 +47,10 @@ pub(crate) struct Worker {
     pub(crate) meters: Meters,
     pub(crate) now: Cell<Instant>,
     pub(crate) draining: Cell<Option<Instant>>,
+    /// Connections that are over and may still accept our last bytes.
+    pub(crate) lingering: Cell<usize>,
+    /// Admits so many checks of passwords at once.
+    pub(crate) verifying: Semaphore,
     batch: RefCell<Vec<Delivery>>,
     counted: Cell<Counted>,
 }
@@ -94,19 +93,20 @@ impl Worker {
     fn new(shared: Arc<Shared>, index: usize) -> Self {
         let transformer =
             Transformer::new(Arc::clone(&shared.router), Arc::clone(&shared.codec), &shared.instance);
-        let held_max = shared.config.bounds.asides_max;
+        let asides = Asides::new(index as u8, &shared.config.bounds);
         Self {
             index,
             slots: RefCell::default(),
             transformer: RefCell::new(transformer),
-            asides: RefCell::new(Asides::new(index as u8, held_max)),
-            wills: RefCell::default(),
+            asides: RefCell::new(asides),
             buffer: RefCell::new(vec![0; READ_BYTES]),
             held: RefCell::default(),
             blocked: RefCell::default(),
             meters: Meters::new(super::meters::LISTENER),
             now: Cell::new(Instant::now()),
             draining: Cell::new(None),
+            lingering: Cell::new(0),
+            verifying: Semaphore::new(VERIFIED_AT_ONCE),
             batch: RefCell::default(),
             counted: Cell::default(),
             shared,
@@ -120,7 +120,10 @@ impl Worker {
             match command {
                 Command::Serve(stream, peer) => self.accept(stream, peer),
                 Command::TakeOver(owner) => self.take_over(owner),
-                Command::Drain(deadline) => self.draining.set(Some(deadline)),
+                Command::Drain(deadline) => {
+                    self.draining.set(Some(deadline));
+                    self.fire_wills(None);
+                }
             }
         }
         self.send_held();
@@ -267,8 +270,10 @@ impl Worker {
                 counted.open += state.ring.len();
                 counted.bytes += state.ring.bytes() + state.out.len() + state.unread.len();
                 counted.paused += usize::from(conn.paused.get());
-                // A connection that is not read cannot show that it lives.
-                state.deadline.is_some_and(|at| at <= now) && !conn.paused.get()
+                // A client that is not read cannot show that it lives. One that is not accepted yet has to be
+                // by its deadline, also while its password is checked.
+                let exempt = conn.paused.get() && state.phase == Phase::Open;
+                state.deadline.is_some_and(|at| at <= now) && !exempt
             };
             if expired {
                 self.expire(&conn);
@@ -276,7 +281,7 @@ impl Worker {
         }
         counted.held = self.held.borrow().len();
         counted.blocked = self.blocked.borrow().len();
-        self.fire_wills(now);
+        self.fire_wills(Some(now));
         self.unblock();
         self.asides.borrow_mut().retry(&self.shared.outflow);
         self.turn();
@@ -335,7 +340,8 @@ impl Worker {
 
     fn is_done(&self) -> bool {
         let Some(deadline) = self.draining.get() else { return false };
-        let empty = self.slots.borrow().live() == 0 && self.asides.borrow().len() == 0;
+        let connected = self.slots.borrow().live() + self.lingering.get();
+        let empty = connected == 0 && self.asides.borrow().len() == 0;
         empty || Instant::now() >= deadline + FAREWELL
     }
 }
