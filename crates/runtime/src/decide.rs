@@ -11,6 +11,7 @@ use crate::config::{LoopConfig, Shutdown, Stopped};
 use crate::dead_letter::Fault;
 use crate::lane::{BatchTiming, Lane, wait_seconds};
 use crate::ports::{Failure, PipelineEvent, SchemaSource, Source, TableReader, Transactions};
+use crate::sabotage::Sabotage;
 use crate::schemas::Schemas;
 use crate::signals::{Notes, Signals};
 use crate::tables::Tables;
@@ -399,6 +400,9 @@ where
     fn restore(&mut self, numbers: &[i32]) -> Result<BTreeMap<i32, Keyed<D::State>>, Failure> {
         let mut states: BTreeMap<_, _> = numbers.iter().map(|number| (*number, Keyed::default())).collect();
         let Some(topic) = &self.changelog else { return Ok(states) };
+        if Sabotage::ForgetState.is_chosen() {
+            return Ok(states);
+        }
         let now = self.clock.now();
         let mut result = Ok(());
         let (source, signals) = (&mut self.source, &self.signals);

@@ -33,9 +33,13 @@ use std::time::Duration;
 use throughline_model::books::Books;
 use throughline_model::record::TopicPartition;
 use throughline_model::rows::{AlertRow, ReadingRow, Rows, SessionRow, TwinRow};
+use throughline_runtime::Sabotage;
 use throughline_runtime::ports::{Advance, BooksFound, Failure, Position, Store};
 use tokio::runtime::Runtime;
 use uuid::Uuid;
+
+/// Between the two halves of what a sabotaged build tears apart, so that a kill can come between.
+const SABOTAGE_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a store needs to know beside its URL.
 #[derive(Clone, Debug)]
@@ -316,6 +320,25 @@ impl Store for SqlStore {
     /// happen, and is done now) or elsewhere, which is [`Failure::Fenced`]: the loop reads the positions
     /// again and goes on from there, and nothing is written twice.
     fn write(&mut self, group: &str, rows: &Rows, advances: &[Advance]) -> Result<(), Failure> {
+        if Sabotage::OffsetFirst.is_chosen() && !rows.is_empty() {
+            self.write_in_one(group, &Rows::default(), advances)?;
+            std::thread::sleep(SABOTAGE_PAUSE);
+            let stay: Vec<_> = advances.iter().cloned().map(|a| Advance { from: a.to, ..a }).collect();
+            return self.write_in_one(group, rows, &stay);
+        }
+        if Sabotage::SkipCompare.is_chosen() {
+            let partitions: Vec<_> = advances.iter().map(|a| a.partition.clone()).collect();
+            let found = self.positions(group, &partitions)?;
+            let blind = advances.iter().cloned().zip(found);
+            let blind: Vec<_> = blind.map(|(a, found)| Advance { from: found.next, ..a }).collect();
+            return self.write_in_one(group, rows, &blind);
+        }
+        self.write_in_one(group, rows, advances)
+    }
+}
+
+impl SqlStore {
+    fn write_in_one(&mut self, group: &str, rows: &Rows, advances: &[Advance]) -> Result<(), Failure> {
         if advances.is_empty() {
             if rows.is_empty() {
                 return Ok(());
