@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos lint setup-run setup-test
+.PHONY: help run test chaos sabotage lint setup-run setup-test
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
@@ -15,9 +15,15 @@ test: setup-test lint ## Install what the tests need, then run format, lints and
 	cargo build --locked --workspace --all-targets
 	PATH="$(CURDIR)/target/venv/bin:$$PATH" cargo test --locked --workspace --no-fail-fast
 
-chaos: setup-test ## Kill roles and Kafka under load, then compare everything (10 minutes, not part of test)
-	cargo build --locked --workspace
-	cargo test --locked --package throughline-tests --features chaos --test killed_roles -- --test-threads=1
+SEEDS ?= 1 2 3 4 5 6
+MINUTES ?= 5
+chaos: setup-test ## Long runs under faults with the release build; SEEDS="1 2" MINUTES=5; the journal is docs/reliability.jsonl
+	cargo build --release --locked --package throughline-platform --package throughline-tests
+	PATH="$(CURDIR)/target/venv/bin:$$PATH" THROUGHLINE_BINARY="$(CURDIR)/target/release/throughline" \
+	  target/release/chaos $(MINUTES) $(SEEDS)
+
+sabotage: setup-test ## Show that the run under faults can fail: builds broken on purpose must be noticed
+	PATH="$(CURDIR)/target/venv/bin:$$PATH" scripts/sabotage
 
 lint: ## Check format and lints
 	cargo fmt --all --check

@@ -20,9 +20,13 @@ pub struct Cluster {
     roles: Vec<Role>,
     /// Kept alive; its broker can be stopped and killed.
     pub kafka: ManagedKafka,
-    registry: EmbeddedRegistry,
+    /// Absent while it is away.
+    registry: Option<EmbeddedRegistry>,
+    registry_url: String,
+    registry_listen: SocketAddr,
     database: String,
     mqtt_port: u16,
+    settings: Vec<(String, String)>,
     directory: tempfile::TempDir,
 }
 
@@ -39,6 +43,14 @@ impl Cluster {
     /// # Panics
     /// When something does not start.
     pub fn start(database: Option<&str>) -> Self {
+        Self::start_with(database, &[])
+    }
+
+    /// As [`Cluster::start`], every role with further variables of the environment.
+    ///
+    /// # Panics
+    /// As [`Cluster::start`].
+    pub fn start_with(database: Option<&str>, settings: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory can be made");
         let kafka = ManagedKafka::start(KafkaOptions::new(directory.path().join("kafka")), &mut |_| {});
         let kafka = kafka.expect("Kafka starts");
@@ -50,7 +62,17 @@ impl Cluster {
             str::to_owned,
         );
         let mqtt_port = ports::free().expect("a free port");
-        let mut cluster = Self { roles: Vec::new(), kafka, registry, database, mqtt_port, directory };
+        let mut cluster = Self {
+            roles: Vec::new(),
+            kafka,
+            registry_url: registry.url(),
+            registry: Some(registry),
+            registry_listen: listen,
+            database,
+            mqtt_port,
+            settings: settings.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect(),
+            directory,
+        };
         let applied = cluster.command(&["topics", "apply"]);
         assert!(applied.status.success(), "topics apply: {}", said(&applied));
         for name in ROLES {
@@ -68,10 +90,11 @@ impl Cluster {
     fn configure(&self, command: &mut Command) {
         command
             .env("THROUGHLINE_KAFKA__BOOTSTRAP", self.kafka.bootstrap())
-            .env("THROUGHLINE_REGISTRY__URL", self.registry.url())
+            .env("THROUGHLINE_REGISTRY__URL", &self.registry_url)
             .env("THROUGHLINE_DATABASE__URL", &self.database)
             .env("THROUGHLINE_MQTT__LISTEN", format!("127.0.0.1:{}", self.mqtt_port))
-            .env("THROUGHLINE_DATA_DIR", self.directory.path().join("none"));
+            .env("THROUGHLINE_DATA_DIR", self.directory.path().join("none"))
+            .envs(self.settings.iter().map(|(name, value)| (name, value)));
     }
 
     fn spawn(&self, name: &str, instance: &str, start: u32) -> Process {
@@ -100,6 +123,39 @@ impl Cluster {
             (role.name.clone(), role.instance.clone(), role.starts)
         };
         self.roles[index].process = self.spawn(&name, &instance, starts);
+    }
+
+    /// Sends a signal to the first process of a role.
+    ///
+    /// # Panics
+    /// When there is no such role or its process is gone.
+    pub fn signal(&self, name: &str, signal: &str) {
+        let role = self.roles.iter().find(|role| role.name == name).expect("the role runs");
+        role.process.signal(signal);
+    }
+
+    /// Ends one instance of a role with SIGTERM and asserts that it drains.
+    ///
+    /// # Panics
+    /// As [`Cluster::stop`].
+    pub fn remove(&mut self, name: &str, instance: &str) {
+        let index = self.roles.iter().position(|r| r.name == name && r.instance == instance);
+        let mut role = self.roles.remove(index.expect("the instance runs"));
+        let code = role.process.terminate(Duration::from_secs(30));
+        assert_eq!(code, Some(0), "{name} {instance}: {}", role.process.output());
+    }
+
+    /// Takes the registry away, or brings it back at the same address.
+    ///
+    /// # Panics
+    /// When it does not start again.
+    pub fn set_registry(&mut self, away: bool) {
+        self.registry = None;
+        if !away {
+            let started =
+                EmbeddedRegistry::start(self.registry_listen, &KafkaConfig::new(self.kafka.bootstrap()));
+            self.registry = Some(started.expect("the registry starts again"));
+        }
     }
 
     /// Ends every process of a role with SIGTERM and asserts that it drains.

@@ -1,6 +1,8 @@
 //! Drives the platform as its users do: the built binary, Kafka's own tools, clients that we did not write.
 
+pub mod chaos;
 pub mod cluster;
+pub mod scenario_run;
 
 use serde_json::Value;
 use std::fs::File;
@@ -16,11 +18,15 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the root").to_owned()
 }
 
-/// Returns the `throughline` binary that was built beside this test.
+/// Returns the `throughline` binary that was built beside this test, or the one that `THROUGHLINE_BINARY`
+/// names: long runs take the release build.
 ///
 /// # Panics
 /// When it was not built: `cargo build --workspace` comes first, as in the Makefile.
 pub fn binary() -> PathBuf {
+    if let Some(binary) = std::env::var_os("THROUGHLINE_BINARY") {
+        return binary.into();
+    }
     let test = std::env::current_exe().expect("a test knows its own path");
     let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps/<test>");
     let binary = profile.join("throughline");
@@ -282,6 +288,8 @@ pub struct Load {
     /// Number of devices, half of them in each of two sites.
     pub devices: u64,
     start_us: u64,
+    /// How long the publisher may take.
+    pub deadline: Duration,
 }
 
 impl Load {
@@ -293,7 +301,8 @@ impl Load {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
         // A device's readings are a second apart, so they end about now.
         let span = Duration::from_secs(readings / devices + 1);
-        Self { seed, readings, devices, start_us: (now - span).as_micros() as u64 }
+        let start_us = (now - span).as_micros() as u64;
+        Self { seed, readings, devices, start_us, deadline: Duration::from_secs(240) }
     }
 
     fn arguments(&self) -> Vec<String> {
@@ -312,6 +321,7 @@ impl Load {
         let mut command = Command::new(python());
         command.arg(root().join("tests/python/publish.py")).args(self.arguments());
         command.args(["--port", port, "--rate", &rate.to_string()]);
+        command.args(["--deadline", &self.deadline.as_secs().to_string()]);
         Process::start(&mut command, log)
     }
 

@@ -1,21 +1,19 @@
-//! Roles as processes of their own, killed at random under load: afterwards everything is exact.
+//! Roles as processes of their own, killed, hung and doubled under load, on a Kafka that hangs and dies:
+//! afterwards everything is exact. The longer relatives of these runs are `make chaos`.
 
 use std::time::{Duration, Instant};
 use throughline_local::child::Fault;
 use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
 use throughline_local::scratch_dir;
+use throughline_tests::chaos::Random;
 use throughline_tests::cluster::{Cluster, ROLES};
 use throughline_tests::{Load, Platform, published, root, said};
 
-/// A small generator whose seed the failing test prints (Vigna's splitmix64).
-fn next(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
+/// Longer than the session of a group's member, so that others take over what a hung one has.
+const LONGER_THAN_A_SESSION: Duration = Duration::from_secs(9);
+/// A queue that the publisher's open publishes fill while Kafka hangs.
+const SMALL_QUEUE: [(&str, &str); 1] = [("THROUGHLINE_KAFKA__QUEUE_RECORDS_MAX", "300")];
 
 fn apply_demo_rule(cluster: &Cluster) {
     let rule = root().join("demo/rules/demo-overheat.toml").display().to_string();
@@ -23,21 +21,7 @@ fn apply_demo_rule(cluster: &Cluster) {
     assert!(applied.status.success(), "{}", said(&applied));
 }
 
-fn kill_each_role_five_times(database: Option<&str>, seed: u64) {
-    let mut cluster = Cluster::start(database);
-    apply_demo_rule(&cluster);
-    cluster.wait_for_bridge();
-    let load = Load::new(seed, 40_000, 400);
-    let publisher = load.publish(&cluster.mqtt_port(), 800, cluster.scratch().join("publish.log"));
-    let mut victims: Vec<usize> = (0..ROLES.len()).flat_map(|role| [role; 5]).collect();
-    let mut state = seed;
-    while !victims.is_empty() {
-        let pick = (next(&mut state) % victims.len() as u64) as usize;
-        // A pause of 0.2 to 1.8 s, so that some kills hit a role that is still starting.
-        std::thread::sleep(Duration::from_millis(200 + next(&mut state) % 1_600));
-        cluster.kill_and_restart(victims.swap_remove(pick));
-    }
-    published(publisher, Duration::from_secs(240));
+fn compare(cluster: &Cluster, load: &Load) {
     let kafka = cluster.kafka.bootstrap();
     let arguments = ["--threshold", "90", "--redelivery", "--deadline", "90"];
     if let Err(differences) = load.compare(&kafka, cluster.database(), &arguments) {
@@ -45,17 +29,44 @@ fn kill_each_role_five_times(database: Option<&str>, seed: u64) {
     }
 }
 
-#[test]
-fn killed_roles_leave_sqlite_exact() {
-    kill_each_role_five_times(None, 21);
+/// Each role five times at random, then what only a writer that came back late, or a full queue, would show.
+fn the_short_run(database: Option<&str>, seed: u64) {
+    let mut cluster = Cluster::start_with(database, &SMALL_QUEUE);
+    apply_demo_rule(&cluster);
+    cluster.wait_for_bridge();
+    let load = Load::new(seed, 50_000, 400);
+    let publisher = load.publish(&cluster.mqtt_port(), 700, cluster.scratch().join("publish.log"));
+    let mut victims: Vec<usize> = (0..ROLES.len()).flat_map(|role| [role; 5]).collect();
+    let mut random = Random(seed);
+    while !victims.is_empty() {
+        let pick = random.between(0, victims.len() as u64 - 1) as usize;
+        // Some kills hit a role that is still starting.
+        std::thread::sleep(Duration::from_millis(random.between(200, 1_800)));
+        cluster.kill_and_restart(victims.swap_remove(pick));
+    }
+    cluster.add("load_warehouse", "guest");
+    std::thread::sleep(Duration::from_secs(5));
+    cluster.signal("load_warehouse", "STOP");
+    std::thread::sleep(LONGER_THAN_A_SESSION);
+    cluster.signal("load_warehouse", "CONT");
+    cluster.kafka.fault(Fault::Stop);
+    std::thread::sleep(Duration::from_secs(5));
+    cluster.kafka.fault(Fault::Continue);
+    published(publisher, Duration::from_secs(240));
+    compare(&cluster, &load);
 }
 
 #[test]
-fn killed_roles_leave_postgresql_exact() {
+fn killed_and_hung_roles_leave_sqlite_exact() {
+    the_short_run(None, 21);
+}
+
+#[test]
+fn killed_and_hung_roles_leave_postgresql_exact() {
     let directory = scratch_dir().expect("a temporary directory can be made");
     let options = PostgresOptions::new(directory.path().join("pg"));
     let database = ManagedPostgres::start(options).expect("PostgreSQL starts");
-    kill_each_role_five_times(Some(&database.url()), 22);
+    the_short_run(Some(&database.url()), 22);
 }
 
 #[test]

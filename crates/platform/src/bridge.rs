@@ -69,7 +69,13 @@ pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
     let config = bridge_config(&context.config)?;
     let router = Arc::new(Router::compile(&context.catalog).map_err(|e| CliError::usage(e.to_string()))?);
     let inboxes = Inboxes::new(config.inboxes());
-    let tuning = IngressConfig { linger_ms: context.config.kafka.linger_ms, ..IngressConfig::default() };
+    let kafka = &context.config.kafka;
+    let tuning = IngressConfig {
+        linger_ms: kafka.linger_ms,
+        produce_timeout_ms: kafka.produce_timeout_ms,
+        queue_records_max: kafka.queue_records_max,
+        ..IngressConfig::default()
+    };
     let deliver = Arc::clone(&inboxes);
     let ingress = IngressProducer::start(&context.kafka(), &tuning, move |token, reported| {
         deliver.deliver(token, fate(reported));

@@ -56,6 +56,10 @@ pub struct Kafka {
     pub min_insync: i16,
     /// How long the bridge's producer gathers a batch, in ms (0 to 100).
     pub linger_ms: u32,
+    /// How long a record of the bridge may wait for Kafka before its connection is closed, in ms.
+    pub produce_timeout_ms: u32,
+    /// Records of the bridge that may wait for Kafka at once; beyond it the bridge stops reading.
+    pub queue_records_max: u32,
     /// Further librdkafka properties, for instance `security.protocol`.
     pub properties: BTreeMap<String, String>,
 }
@@ -152,6 +156,8 @@ impl Default for Kafka {
             replication: 1,
             min_insync: 1,
             linger_ms: 1,
+            produce_timeout_ms: 300_000,
+            queue_records_max: 100_000,
             properties: BTreeMap::new(),
         }
     }
