@@ -395,11 +395,15 @@ fn a_record_that_kafka_refuses_after_it_was_taken_is_dead_lettered_when_it_comes
         client.send(&publish(level, TOPIC, 1, &reading(1)));
         client.send(&publish(level, TOPIC, 2, &reading(2)));
         rig.memory.wait_for(DEVICE_TELEMETRY_V1, 2);
-        rig.memory.answer_all(DEVICE_TELEMETRY_V1, Fate::Refused);
+        rig.memory.answer_with(1, Fate::Refused, &rig.codec);
         if level == 5 {
             client.expect(&[0xe0, 2, 0x89, 0]);
         }
         client.expect_end();
+        // Also an answer that comes when the connection is gone says what is to become of its publish.
+        drop(client);
+        rig.sessions(2);
+        rig.memory.answer_with(2, Fate::Refused, &rig.codec);
         rig.memory.flow();
         let mut again = rig.client(level, "site-1/pump-7");
         again.send(&publish_flags(level, TOPIC, 1, &reading(1), 8));

@@ -47,6 +47,8 @@ pub(super) struct Receiver {
     /// Its client; `None` between connections.
     client: Option<AsyncClient>,
     ring: Ring,
+    /// What the connection before left open: Kafka may yet refuse some of it for good.
+    left_open: Ring,
     /// Acknowledgements in order that the client's channel did not take yet.
     acks: VecDeque<u16>,
     held: Option<Held>,
@@ -78,6 +80,7 @@ impl Receiver {
             connection: 0,
             client: None,
             ring: Ring::default(),
+            left_open: Ring::default(),
             acks: VecDeque::new(),
             held: None,
             generation: 0,
@@ -165,7 +168,7 @@ impl Receiver {
                 // What was not acknowledged comes again, so nothing of it is awaited any more.
                 self.client = None;
                 self.generation = (self.generation + 1) & GENERATION_MASK;
-                self.ring = Ring::default();
+                self.left_open = std::mem::take(&mut self.ring);
                 self.acks.clear();
                 self.held = None;
                 self.resetting = Reset::No;
@@ -251,7 +254,7 @@ impl Receiver {
                 self.meters.log(|more| {
                     tracing::error!(why, more, "Kafka takes neither a record nor, now, its dead letter");
                 });
-                self.refused_for_good(sequence);
+                self.refused_for_good(self.ring.mark(sequence));
                 self.ring.settle(sequence, false);
                 self.acknowledge();
                 return self.reset();
@@ -261,8 +264,8 @@ impl Receiver {
         self.acknowledge();
     }
 
-    fn refused_for_good(&self, sequence: u32) {
-        if let Some(mark) = self.ring.mark(sequence) {
+    fn refused_for_good(&self, mark: Option<u64>) {
+        if let Some(mark) = mark {
             self.poison.remember(mark);
         }
     }
@@ -279,11 +282,14 @@ impl Receiver {
         let mut failed = false;
         for delivery in batch.drain(..) {
             let token = Token::unpack(delivery.token);
-            if token.generation != self.generation {
-                continue;
+            let current = token.generation == self.generation;
+            let before = token.generation == self.generation.wrapping_sub(1) & GENERATION_MASK;
+            if delivery.fate == Fate::Refused && (current || before) {
+                let ring = if current { &self.ring } else { &self.left_open };
+                self.refused_for_good(ring.mark(token.sequence));
             }
-            if delivery.fate == Fate::Refused {
-                self.refused_for_good(token.sequence);
+            if !current {
+                continue;
             }
             let ok = delivery.fate == Fate::Delivered;
             self.ring.settle(token.sequence, ok);

@@ -251,20 +251,21 @@ impl Worker {
 
     /// Says what is to be said of a connection that is closing: session events, its will, its session.
     pub(crate) fn left(self: &Rc<Self>, conn: &Rc<Conn>) {
-        let (client, cause, will_void, unacknowledged, outstanding) = {
+        let (client, cause, will_void, ring, outstanding) = {
             let mut state = conn.state.borrow_mut();
             state.held = None;
             (
                 state.client.take(),
                 state.cause,
                 state.will_void,
-                state.ring.unacknowledged(),
+                std::mem::take(&mut state.ring),
                 state.outstanding,
             )
         };
         self.held.borrow_mut().retain(|held| !Rc::ptr_eq(held, conn));
         self.blocked.borrow_mut().retain(|blocked| !Rc::ptr_eq(blocked, conn));
-        self.slots.borrow_mut().remove(conn.owner.slot, outstanding);
+        let unacknowledged = ring.unacknowledged();
+        self.slots.borrow_mut().remove(conn.owner.slot, outstanding, ring);
         self.meters.disconnect(cause);
         let Some(client) = client else { return };
         let now = Instant::now();

@@ -2,15 +2,16 @@
 //! that was sent in its name, so a late answer never meets another connection.
 
 use super::conn::Conn;
-use crate::inbox::GENERATION_MASK;
+use crate::inbox::{GENERATION_MASK, Token};
+use crate::ring::Ring;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 enum Entry {
     Free,
     Live(Rc<Conn>),
-    /// The connection is gone; so many answers are awaited.
-    Awaiting(u32),
+    /// The connection is gone; so many answers are awaited for its publishes.
+    Awaiting(u32, Ring),
 }
 
 struct Slot {
@@ -64,24 +65,25 @@ impl Slots {
         }
     }
 
-    /// Takes an answer for a slot whose connection is gone.
-    pub(crate) fn answered(&mut self, slot: u32) {
-        let Some(entry) = self.slots.get_mut(slot as usize) else { return };
-        if let Entry::Awaiting(left) = &mut entry.entry {
-            *left = left.saturating_sub(1);
-            if *left == 0 {
-                entry.entry = Entry::Free;
-                self.free.push_back(slot);
-            }
+    /// Takes an answer for a slot whose connection is gone, and returns the mark of its publish.
+    pub(crate) fn answered(&mut self, token: Token) -> Option<u64> {
+        let slot = self.slots.get_mut(token.slot as usize).filter(|s| s.generation == token.generation)?;
+        let Entry::Awaiting(left, ring) = &mut slot.entry else { return None };
+        let mark = ring.mark(token.sequence);
+        *left = left.saturating_sub(1);
+        if *left == 0 {
+            slot.entry = Entry::Free;
+            self.free.push_back(token.slot);
         }
+        mark
     }
 
-    /// Removes a connection for whose records `outstanding` answers are awaited.
-    pub(crate) fn remove(&mut self, slot: u32, outstanding: u32) {
+    /// Removes a connection for whose records, those of `ring`, `outstanding` answers are awaited.
+    pub(crate) fn remove(&mut self, slot: u32, outstanding: u32, ring: Ring) {
         let Some(entry) = self.slots.get_mut(slot as usize) else { return };
         self.live -= 1;
         if outstanding > 0 {
-            entry.entry = Entry::Awaiting(outstanding);
+            entry.entry = Entry::Awaiting(outstanding, ring);
         } else {
             entry.entry = Entry::Free;
             self.free.push_back(slot);

@@ -144,7 +144,10 @@ impl Worker {
             }
             let mut slots = self.slots.borrow_mut();
             let Some(conn) = slots.get(token.slot, token.generation) else {
-                slots.answered(token.slot);
+                let mark = slots.answered(token);
+                if let Some(mark) = mark.filter(|_| delivery.fate == Fate::Refused) {
+                    self.refused_late(mark);
+                }
                 continue;
             };
             let mut state = conn.state.borrow_mut();
@@ -152,7 +155,7 @@ impl Worker {
             if delivery.fate == Fate::Refused
                 && let Some(mark) = state.ring.mark(token.sequence)
             {
-                self.refused_late(&conn.peer, mark);
+                self.refused_late(mark);
             }
             let ok = delivery.fate == Fate::Delivered;
             state.ring.settle(token.sequence, ok);
@@ -169,10 +172,13 @@ impl Worker {
 
     /// Remembers a publish whose record Kafka refused for good after it was taken: it becomes a dead letter
     /// when its client, whose connection ends now, sends it again.
-    fn refused_late(&self, peer: &std::net::SocketAddr, mark: u64) {
+    fn refused_late(&self, mark: u64) {
         self.shared.poison.remember(mark);
         self.meters.log(|more| {
-            tracing::warn!(%peer, more, "Kafka refused a record: its publish becomes a dead letter when it comes again");
+            tracing::warn!(
+                more,
+                "Kafka refused a record: its publish becomes a dead letter when it comes again"
+            );
         });
     }
 

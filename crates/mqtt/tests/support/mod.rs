@@ -114,12 +114,17 @@ impl Memory {
 
     /// Answers for the telemetry record whose seq is `seq`.
     pub fn answer(&self, seq: i64, ok: bool, codec: &Codec) {
+        self.answer_with(seq, if ok { Fate::Delivered } else { Fate::Failed }, codec);
+    }
+
+    /// The same with a fate.
+    pub fn answer_with(&self, seq: i64, fate: Fate, codec: &Codec) {
         self.answer_where(
             |s| {
                 s.topic == DEVICE_TELEMETRY_V1
                     && codec.decode::<DeviceMessage>(Some(&s.value)).expect("decodes").seq == Some(seq)
             },
-            if ok { Fate::Delivered } else { Fate::Failed },
+            fate,
         );
     }
 
