@@ -16,6 +16,7 @@ use throughline_model::rows::{AlertRow, ReadingRow, Rows, SessionRow, TwinRow};
 use throughline_model::time::Timestamp;
 use throughline_runtime::ports::{Advance, BooksFound, Failure, Position, Store};
 use throughline_store::{AskIncarnation, Incarnation, SqlStore, StoreOptions, Table};
+use throughline_testkit::conformance;
 use uuid::Uuid;
 
 const GROUP: &str = "load_warehouse";
@@ -106,6 +107,7 @@ impl Database {
 type Case = (&'static str, fn(&Database));
 
 const CASES: &[Case] = &[
+    ("the_suite_of_every_store_holds", the_suite_of_every_store_holds),
     ("a_new_partition_has_no_position_and_is_born_with_its_first_write", a_new_partition_is_born),
     ("rows_and_offset_are_written_together_and_read_back", rows_and_offset_are_written_together),
     ("a_writer_whose_offset_is_elsewhere_is_fenced_and_writes_nothing", a_zombie_is_fenced),
@@ -272,6 +274,22 @@ fn assigned(database: &Database, partitions: &[i32]) -> SqlStore {
 
 fn next(store: &mut SqlStore, number: i32) -> i64 {
     store.positions(GROUP, &[partition(number)]).expect("positions")[0].next
+}
+
+/// The suite that the store in memory passes too, so that what loops were tested with is what they run on.
+fn the_suite_of_every_store_holds(database: &Database) {
+    let mut store = database.open();
+    let mut reader = database.open();
+    let mut count = || reader.count(Table::Reading).expect("counted");
+    conformance::store(&mut store, GROUP, &[partition(0), partition(1)], &mut count);
+    // One that the checks before the write find, and one that only the database refuses.
+    let nul = ReadingRow { text: Some("a\0b".into()), ..reading(1, "x") };
+    let nul = Rows { readings: vec![nul], ..Rows::default() };
+    let state = AlertRow { state: "unheard_of".into(), ..alert("a", NOON, None) };
+    let state = Rows { alerts: vec![state], ..Rows::default() };
+    for (group, poison) in [("poisoned_text", nul), ("poisoned_state", state)] {
+        conformance::store_refuses_data(&mut store, group, &partition(0), &poison, &mut count);
+    }
 }
 
 fn a_new_partition_is_born(database: &Database) {

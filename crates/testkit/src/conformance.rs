@@ -104,6 +104,9 @@ pub fn store_refuses_data(
     poison: &Rows,
     count_readings: &mut dyn FnMut() -> u64,
 ) {
+    // As a loop does before its first write: a store may let only such a writer open a position.
+    let found = store.positions(group, std::slice::from_ref(partition)).expect("positions of a new group");
+    assert_eq!(found[0].next, -1, "a new group has no position");
     let before = count_readings();
     let mut rows = poison.clone();
     rows.readings.insert(0, reading("good", 1.0));

@@ -1,6 +1,7 @@
 //! The adapter against a real Kafka; all tests share one broker, but for the outage's.
 
 mod common;
+mod conformance;
 mod groups;
 mod ingress;
 mod operators;

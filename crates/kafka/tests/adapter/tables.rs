@@ -31,7 +31,8 @@ fn a_table_is_read_to_the_end_it_had_and_open_transactions_are_awaited() {
     writer.reset().expect("ends the open transaction");
     let read = |partition| {
         let mut values = Vec::new();
-        let read = TopicReader::new(&config).read_partitions(&(*table).into(), &[partition], &mut |b| values.extend(text(b)));
+        let read = TopicReader::new(&config)
+            .read_partitions(&(*table).into(), &[partition], &mut |b| values.extend(text(b)));
         read.map(|()| values)
     };
     assert_eq!(read(0).expect("reads"), ["committed"]);
