@@ -23,5 +23,5 @@ pub use clock::{Clock, WallClock};
 pub use config::{LoopConfig, Shutdown, Stopped};
 pub use dead_letter::{Fault, push_dead_letter};
 pub use decide::{DecideLoop, DecidePorts, run_decide};
-pub use sabotage::Sabotage;
 pub use load::{LoadLoop, LoadPorts, run_load};
+pub use sabotage::Sabotage;

@@ -14,12 +14,13 @@
 //! A device's own time outside the bounds counts as absent here as in the other stages: one message from
 //! the far future would else make every message of the device's next life look like a redelivery.
 
+use crate::checks;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use throughline_model::catalog::changelog_topic;
 use throughline_model::codec::{Codec, CodecError};
-use throughline_model::envelope::{Alert, Command, DeviceMessage, EnvelopeRef, RuleRecord};
+use throughline_model::envelope::{Alert, Command, DeviceMessage, EnvelopeRef, Measurement, RuleRecord};
 use throughline_model::ids::{DeviceKey, derived_message_id, timed_message_id};
 use throughline_model::keyed::{Keyed, KeyedState};
 use throughline_model::outcome::{Outcome, Settled};
@@ -41,6 +42,10 @@ use uuid::Uuid;
 pub const STAGE: &str = "evaluate_rules";
 /// A person waits for an alert; shorter intervals cost more commits than they save time.
 const COMMIT_INTERVAL: Duration = Duration::from_millis(50);
+/// How much of a text an alert repeats.
+const TEXT_KEPT_BYTES_MAX: usize = 1_024;
+/// How many flags of a message an alert repeats; ours are fewer.
+const FLAGS_KEPT_MAX: usize = 16;
 
 /// The stage.
 pub struct EvaluateRules {
@@ -146,8 +151,8 @@ impl<'a> MessageRef<'a> {
             received_at: self.received_at,
             agent_version: self.agent_version.map(str::to_owned),
             config_version: self.config_version.map(str::to_owned),
-            flags: self.flags.clone(),
-            values: self.measurements.iter().filter(|m| keep(m.name)).map(MeasurementRef::to_owned).collect(),
+            flags: self.flags.iter().take(FLAGS_KEPT_MAX).cloned().collect(),
+            values: self.measurements.iter().filter(|m| keep(m.name)).map(brief).collect(),
         }
     }
 }
@@ -259,8 +264,12 @@ impl Decide for EvaluateRules {
             Ok(key) => key,
             Err(settled) => return settled,
         };
-        let RulesState { streams, rules: device } = state.get_mut(key);
         let envelope = message.envelope();
+        let more = [("agent_version", message.agent_version), ("config_version", message.config_version)];
+        if let Err((code, what)) = checks::envelope_texts(&envelope, &more) {
+            return Settled::dead_lettered(code, what);
+        }
+        let RulesState { streams, rules: device } = state.get_mut(key);
         let trusted = envelope.trusted_time(self.bounds);
         let admission = streams.admit_with_time(&envelope, trusted);
         if let Admission::Duplicate { reason } = admission {
@@ -324,6 +333,13 @@ impl Decide for EvaluateRules {
             }
         }
     }
+}
+
+/// Copies a measurement for an alert. Long texts are cut: what is pending is state, and a state must fit into a
+/// record of Kafka, whatever a device writes into its messages.
+fn brief(measurement: &MeasurementRef<'_>) -> Measurement {
+    let text = measurement.text.map(|text| &text[..text.floor_char_boundary(TEXT_KEPT_BYTES_MAX)]);
+    MeasurementRef { text, ..*measurement }.to_owned()
 }
 
 /// Returns the record's key where it names the device that the message is about. The names of a device

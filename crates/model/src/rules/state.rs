@@ -7,6 +7,9 @@ use crate::envelope::Measurement;
 use crate::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
+/// Longer texts are not remembered for `previous`, so that the state fits into a record of Kafka.
+pub const PAST_TEXT_BYTES_MAX: usize = 1_024;
+
 /// The state of all rules for one device.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DeviceRules {
@@ -193,6 +196,8 @@ impl DeviceRules {
             }
             let value = match (m.number, m.text, m.flag) {
                 (Some(number), ..) => PastValue::Number(number),
+                // A cut text would compare wrongly; nothing that a rule compares with is as long.
+                (_, Some(text), _) if text.len() > PAST_TEXT_BYTES_MAX => continue,
                 (_, Some(text), _) => PastValue::Text(text.to_owned()),
                 (.., Some(flag)) => PastValue::Flag(flag),
                 _ => continue,

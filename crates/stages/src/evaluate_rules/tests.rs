@@ -629,3 +629,26 @@ fn a_restart_below_everything_seen_is_evaluated_at_once() {
     let settled = bench.send(10, &message(10, 1, &[("temperature", 91.0)]));
     assert_eq!((settled.outcome, bench.out()), (Outcome::Emitted, vec!["raised hot@1 critical".to_owned()]));
 }
+
+#[test]
+fn what_is_kept_of_a_message_fits_into_a_record_whatever_the_device_writes() {
+    let mut bench = Bench::new(&[
+        "id = 'mode'\nsummary = 'S.'\nseverity = 'info'\nwhen = 'mode != \"auto\"'\nfor = 10\n",
+    ]);
+    let mut long = message(0, 1, &[]);
+    long.measurements = vec![Measurement {
+        name: "mode".to_owned(),
+        text: Some("\u{1}".repeat(60_000)),
+        ..Measurement::default()
+    }];
+    long.flags = vec!["f".repeat(1_000); 500];
+    assert_eq!(bench.send(0, &long).outcome, Outcome::Emitted);
+    let mut bytes = Vec::new();
+    bench.state.get("s/d").expect("a rule is pending").encode(&bench.codec, &mut bytes).expect("fits");
+    assert!(bytes.len() < 64 * 1_024, "{} bytes", bytes.len());
+
+    let mut versions = message(1, 2, &[("temperature", 1.0)]);
+    versions.agent_version = Some("v".repeat(1_025));
+    let settled = bench.send(1, &versions);
+    assert_eq!((settled.outcome, &*settled.reason), (Outcome::DeadLettered, "text_too_long"));
+}
