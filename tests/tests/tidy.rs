@@ -4,7 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
-use throughline_tests::{root, succeed};
+use throughline_tests::{root, scenario_run, succeed};
 
 fn tracked_files() -> Vec<PathBuf> {
     let listed =
@@ -118,6 +118,23 @@ fn topic_names_are_spelled_in_the_catalog_only() {
             );
         }
     }
+}
+
+#[test]
+fn every_decide_stage_has_a_scenario() {
+    let told: BTreeSet<String> = scenario_run::files()
+        .iter()
+        .map(|file| scenario_run::read(file).unwrap_or_else(|e| panic!("{e}")).stage)
+        .collect();
+    let mut decides = BTreeSet::new();
+    for path in tracked_files() {
+        let is_stage = path.parent().is_some_and(|directory| directory.ends_with("crates/stages/src"));
+        if is_stage && text_of(&path).is_some_and(|text| text.contains("impl Decide for ")) {
+            decides.insert(path.file_stem().expect("a module has a name").to_string_lossy().into_owned());
+        }
+    }
+    assert!(!decides.is_empty(), "crates/stages has decide stages");
+    assert_eq!(told, decides, "the stages of tests/scenarios are the decide stages, none left out");
 }
 
 #[test]

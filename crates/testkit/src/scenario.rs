@@ -1,5 +1,8 @@
 //! The form of `tests/scenarios/*.yaml`: what is given, what happens, what must come of it. The same file is
 //! run against the in-memory driver and against real Kafka; this module only reads it.
+//!
+//! Scenarios share one Kafka, so the site of every device is the name of its file without `.yaml`: what
+//! another scenario left there is about other devices.
 
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -29,11 +32,15 @@ pub enum Step {
     Message(Message),
     /// Bytes arrive that are not a message.
     Garbage(Garbage),
-    /// Time passes; nothing arrives. Seconds.
+    /// Somebody asks for a change of a twin's desired fields.
+    Request(Request),
+    /// What arrived is settled, then so many seconds pass and nothing arrives. 0 puts in order what arrives
+    /// on several topics.
     Wait(f64),
-    /// The process is killed and a new one takes over.
+    /// The process is killed at its next commit, its outputs already handed to Kafka, and a new one takes
+    /// over; at once where nothing is left to commit.
     Kill,
-    /// A rule is changed.
+    /// A rule is changed: what arrived before is settled, and the change is in force before the next step.
     Rule(serde_json::Value),
 }
 
@@ -51,7 +58,7 @@ pub struct Message {
     /// Sequence number; without it the message has no sequence identity.
     #[serde(default)]
     pub seq: Option<i64>,
-    /// How many seconds before its arrival it occurred.
+    /// How many seconds before its arrival it occurred; below zero for a clock that is fast.
     #[serde(default)]
     pub late_seconds: f64,
     /// Names and values: numbers, texts, booleans.
@@ -60,6 +67,19 @@ pub struct Message {
     /// How often it arrives.
     #[serde(default = "once")]
     pub times: u32,
+}
+
+/// A request to change a twin (`service_platform.twin_request.v1`).
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// `site/device`.
+    pub device: String,
+    /// The desired fields; null removes one.
+    pub desired: BTreeMap<String, serde_json::Value>,
+    /// The desired version that the asker saw.
+    #[serde(default)]
+    pub expected_version: Option<i64>,
 }
 
 /// Bytes that are not a message.
@@ -81,10 +101,12 @@ pub struct Expectation {
     /// Outcomes of the stage over all its partitions; outcomes that are not named are zero.
     #[serde(default)]
     pub outcomes: BTreeMap<String, u64>,
-    /// By topic, what its records contain, in order per key: every field named must be equal.
+    /// By topic, what its records contain, in order per key: every field named must be equal. Where they
+    /// are about several devices, each names its `device_id`. Of a compacted topic the newest record of each
+    /// key counts alone: how many came before depends on when commits fell.
     #[serde(default)]
     pub records: BTreeMap<String, Vec<BTreeMap<String, serde_json::Value>>>,
-    /// How many dead letters there are, by reason.
+    /// How many dead letters of the stage's inputs there are, by reason.
     #[serde(default)]
     pub dead_letters: BTreeMap<String, u64>,
 }
