@@ -356,7 +356,7 @@ where
         complete
     }
 
-    /// Positions, state and delivery of several tasks with one request for each: a seek alone takes 0.4 s,
+    /// Positions, state and delivery of several tasks with one request for each: a seek waits for the fetch in progress,
     /// however many partitions it names.
     fn activate(&mut self, numbers: &[i32]) -> Result<(), Failure> {
         let of_task = |number| self.topics.iter().map(move |topic| partition_of(topic, number));

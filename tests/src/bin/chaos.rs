@@ -42,7 +42,7 @@ fn run(seed: u64, minutes: u64) -> Value {
     let mut random = Random(seed);
     // Even seeds load PostgreSQL, odd ones SQLite.
     let directory = scratch_dir().expect("a temporary directory can be made");
-    let mut server = (seed % 2 == 0).then(|| {
+    let mut server = seed.is_multiple_of(2).then(|| {
         ManagedPostgres::start(PostgresOptions::new(directory.path().join("pg"))).expect("PostgreSQL starts")
     });
     let url = server.as_ref().map(ManagedPostgres::url);

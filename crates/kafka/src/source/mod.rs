@@ -483,7 +483,7 @@ impl Source for GroupSource {
 
     fn start(&mut self, partitions: &[(TopicPartition, i64)]) -> Result<(), Failure> {
         // One request for all bounds and one seek for all partitions: librdkafka answers a seek after its
-        // fetcher's turn, about 0.4 s, whether it names one partition or a hundred.
+        // fetch in progress, whether it names one partition or a hundred.
         let begins = self.resolved(partitions)?;
         let consumer = Arc::clone(self.consumer()?);
         for (name, next) in &begins {
