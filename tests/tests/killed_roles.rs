@@ -8,7 +8,7 @@ use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
 use throughline_local::scratch_dir;
 use throughline_tests::chaos::Random;
 use throughline_tests::cluster::{Cluster, ROLES};
-use throughline_tests::{Load, Platform, published, root, said};
+use throughline_tests::{Load, Platform, published, root, said, wait_for};
 
 /// Longer than the session of a group's member, so that others take over what a hung one has.
 const LONGER_THAN_A_SESSION: Duration = Duration::from_secs(9);
@@ -96,10 +96,10 @@ fn acknowledged_messages_survive_a_hung_and_a_killed_kafka() {
     let options = KafkaOptions::new(kafka_dir.path().join("kafka"));
     let mut kafka = ManagedKafka::start(options, &mut |_| {}).expect("Kafka starts");
     let address = kafka.bootstrap();
-    let platform = Platform::up(&["--kafka", &address]);
+    let mut platform = Platform::up(&["--kafka", &address]);
     platform.done(&["rules", "apply", &root().join("demo/rules/demo-overheat.toml").display().to_string()]);
     let load = Load::new(13, 60_000, 600);
-    let publisher = load.publish(&platform.mqtt_port(), 1_200, platform.scratch().join("publish.log"));
+    let mut publisher = load.publish(&platform.mqtt_port(), 1_200, platform.scratch().join("publish.log"));
     std::thread::sleep(Duration::from_secs(5));
     kafka.fault(Fault::Stop);
     std::thread::sleep(Duration::from_secs(30));
@@ -109,7 +109,11 @@ fn acknowledged_messages_survive_a_hung_and_a_killed_kafka() {
     std::thread::sleep(Duration::from_secs(2));
     kafka.restart().expect("Kafka starts again on its data");
     let started = Instant::now();
-    published(publisher, Duration::from_secs(300));
+    wait_for("the publisher's end, or the platform's", Duration::from_secs(300), || {
+        (publisher.has_ended() || platform.process().has_ended()).then_some(())
+    });
+    assert!(!platform.process().has_ended(), "the platform ended:\n{}", platform.process().output());
+    published(publisher, Duration::from_secs(1));
     load.check(&address, platform.endpoint("database"), &["--threshold", "90", "--redelivery"]);
     assert!(started.elapsed() < Duration::from_secs(600));
 }

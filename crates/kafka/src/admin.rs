@@ -84,7 +84,9 @@ pub struct GroupOffsets {
 /// A connection for administration. Blocking; each request takes at most 10 s.
 pub struct Admin {
     client: AdminClient<Logging>,
-    bootstrap: String,
+    config: KafkaConfig,
+    /// Asks for the offsets of groups, from the first time on.
+    consumer: OnceLock<BaseConsumer<Logging>>,
     /// Asked once: librdkafka keeps it too, and rdkafka 0.39 leaks the copy that each call returns.
     cluster_id: OnceLock<String>,
 }
@@ -97,7 +99,8 @@ impl Admin {
     pub fn new(config: &KafkaConfig) -> Result<Self, Failure> {
         let client = AdminClient::from_config_and_context(&config.client(), Logging);
         let client = client.map_err(|e| refused_config(&e))?;
-        Ok(Self { client, bootstrap: config.bootstrap.clone(), cluster_id: OnceLock::new() })
+        let (config, consumer) = (config.clone(), OnceLock::new());
+        Ok(Self { client, config, consumer, cluster_id: OnceLock::new() })
     }
 
     /// Returns the cluster's id. Says nothing about whether a broker is alive once it is known.
@@ -109,7 +112,8 @@ impl Admin {
             return Ok(id.clone());
         }
         let id = self.client.inner().fetch_cluster_id(REQUEST_TIMEOUT);
-        let id = id.ok_or_else(|| dependency(format!("no Kafka broker answers at {}", self.bootstrap)))?;
+        let id =
+            id.ok_or_else(|| dependency(format!("no Kafka broker answers at {}", self.config.bootstrap)))?;
         Ok(self.cluster_id.get_or_init(|| id).clone())
     }
 
@@ -119,7 +123,7 @@ impl Admin {
     /// [`Failure::Dependency`] when none answers.
     pub fn brokers(&self) -> Result<usize, Failure> {
         let metadata = self.client.inner().fetch_metadata(None, REQUEST_TIMEOUT);
-        let what = format!("cannot ask the brokers at {}", self.bootstrap);
+        let what = format!("cannot ask the brokers at {}", self.config.bootstrap);
         Ok(metadata.map_err(|e| failure(&what, &e))?.brokers().len())
     }
 
@@ -260,7 +264,17 @@ impl Admin {
     /// # Errors
     /// [`Failure::Dependency`] when one of them cannot be read.
     pub fn group_offsets(&self, groups: &[&str]) -> Result<Vec<GroupOffsets>, Failure> {
-        let found = ffi::group_offsets(self.client.inner(), groups, REQUEST_TIMEOUT);
+        let consumer = match self.consumer.get() {
+            Some(consumer) => consumer,
+            None => {
+                // Nothing is ever joined or committed under this name.
+                let client = self.config.reader(&format!("{}-reader", self.config.client_id));
+                let made = BaseConsumer::from_config_and_context(&client, Logging);
+                let made = made.map_err(|e| refused_config(&e))?;
+                self.consumer.get_or_init(|| made)
+            }
+        };
+        let found = ffi::group_offsets(consumer.client(), groups, REQUEST_TIMEOUT);
         let found = found.map_err(|e| ffi_failure("cannot read the offsets of groups", &e))?;
         let mut all = Vec::with_capacity(found.len());
         for (group, offsets) in found {

@@ -246,13 +246,23 @@ unsafe fn describe_group(group: *const sys::rd_kafka_ConsumerGroupDescription_t)
 /// Returns the committed offsets of groups with their metadata; the requests travel side by side.
 /// Partitions without a commit are left out.
 ///
+/// The client must be a consumer that names a group: librdkafka 2.12 passes `NOT_COORDINATOR`, which a broker
+/// answers while it starts, on to the client's own group and ends the process where there is none.
+///
 /// # Errors
-/// A request failed as a whole; an error of one group is beside its name.
+/// The client is no consumer, or a request failed as a whole; an error of one group is beside its name.
 pub fn group_offsets<C: ClientContext>(
     client: &Client<C>,
     groups: &[&str],
     timeout: Duration,
 ) -> Result<Named<Vec<Entry>>, Error> {
+    #[expect(unsafe_code, reason = "the type of a client is not exposed by rdkafka")]
+    // SAFETY: the client lives as long as the borrow.
+    let kind = unsafe { sys::rd_kafka_type(client.native_ptr()) };
+    if kind != sys::rd_kafka_type_t::RD_KAFKA_CONSUMER {
+        let message = "the offsets of groups can be asked for by a consumer only".to_owned();
+        return Err(Error { code: RDKafkaErrorCode::InvalidArgument, message });
+    }
     let queue = Queue::new(client);
     let op = sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_LISTCONSUMERGROUPOFFSETS;
     let options = Options::new(client, op, timeout);
@@ -492,5 +502,22 @@ fn state_name(state: sys::rd_kafka_consumer_group_state_t) -> String {
     // SAFETY: librdkafka returns a static string for every state.
     unsafe {
         text(sys::rd_kafka_consumer_group_state_name(state))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rdkafka::admin::AdminClient;
+    use rdkafka::client::DefaultClientContext;
+    use rdkafka::config::ClientConfig;
+
+    #[test]
+    fn a_client_that_is_no_consumer_may_not_ask_for_the_offsets_of_groups() {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", "127.0.0.1:1");
+        let client: AdminClient<DefaultClientContext> = config.create().expect("a client");
+        let refused = group_offsets(client.inner(), &["any"], Duration::from_secs(1));
+        assert_eq!(refused.expect_err("refused").code, RDKafkaErrorCode::InvalidArgument);
     }
 }

@@ -12,7 +12,8 @@ use throughline_telemetry::{TelemetryConfig, TelemetryGuard};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
-/// How long roles may take to commit what is in flight. Kubernetes grants 30 s before it kills.
+/// How long roles may take to commit what is in flight. Our Kubernetes files grant 45 s
+/// before it kills.
 const DRAIN_BUDGET: Duration = Duration::from_secs(25);
 
 /// Sets up logs, traces and the export of metrics.

@@ -114,8 +114,9 @@ pub fn start(context: &Context, role: &'static Role) -> Result<RunningRole, CliE
     Ok(RunningRole { name: role.name, thread })
 }
 
-/// Returns the topics that a stage's group subscribes to: its inputs and their replay topics.
-fn subscription(spec: &StageSpec, reads_only_replays: bool) -> Vec<String> {
+/// Returns the topics that a stage's group subscribes to: its inputs, unless it reads only replays, and their
+/// replay topics.
+pub fn subscription(spec: &StageSpec, reads_only_replays: bool) -> Vec<String> {
     let inputs = spec.inputs.iter().filter(|_| !reads_only_replays).map(|input| (*input).to_owned());
     let replays = spec.inputs.iter().map(|input| replay_topic(input, spec.group));
     inputs.chain(replays).collect()

@@ -41,7 +41,8 @@ pub const CODES: &[Code] = &[
         title: "the Kafka cluster refuses this client",
         explanation: "Authentication or authorisation failed, or the cluster is too old for what the stage \
                       needs. Waiting would not change it.",
-        remedy: "`throughline doctor` tries every right that a role needs and names the one that is missing.",
+        remedy: "The message holds the broker's answer; give the client that right, or correct user and \
+                 password in the configuration's Kafka section.",
     },
     Code {
         id: "TL-KAFKA-003",
@@ -62,9 +63,9 @@ pub const CODES: &[Code] = &[
         title: "a position does not exist any more",
         explanation: "The topic was made anew under the same name, or a broker came back with less than it \
                       had acknowledged. Going on would skip or repeat records, so the stage stops.",
-        remedy: "`throughline groups show <group>` shows the positions. When the topic was made anew on \
-                 purpose, reset the group's offsets with Kafka's own tool and accept them with \
-                 `throughline groups adopt <group>`.",
+        remedy: "Stop the stage's members. `throughline groups adopt <group> --begin earliest` (repeats are \
+                 possible) or `--begin end` (what is there is skipped) shows what it would do, and does it \
+                 with `--yes`.",
     },
     Code {
         id: FOREIGN_OFFSET,
@@ -146,16 +147,16 @@ pub const CODES: &[Code] = &[
         title: "a stored offset counts in another cluster or another topic of that name",
         explanation: "The cluster differs, or the topic was deleted and made anew. Going on would skip or \
                       repeat records.",
-        remedy: "`throughline groups adopt <group>` begins a new volume in the present topic and shows \
-                 first what it would do.",
+        remedy: "Stop the stage's members. `throughline groups adopt <group> --begin earliest` or `--begin \
+                 end` begins a new volume in the present topic; it shows first what it would do.",
     },
     Code {
         id: "TL-STORE-005",
         title: "the database refused a statement for good",
         explanation: "The reason is neither the data's nor cured by waiting: a missing table, partition or \
                       right, a changed constraint.",
-        remedy: "The message holds the database's code; `throughline doctor` compares the tables with what \
-                 this version needs.",
+        remedy: "The message holds the database's code and names table, partition or right. Tables are \
+                 brought up to date when a role starts.",
     },
     Code {
         id: "TL-STORE-006",
@@ -168,7 +169,8 @@ pub const CODES: &[Code] = &[
         title: "a store refused a write that holds no rows",
         explanation: "The store answered with a data error although only positions were to be written: \
                       its own tables do not fit this version.",
-        remedy: "`throughline doctor` compares the tables with what this version needs.",
+        remedy: "The message holds the database's answer. Tables are brought up to date when a role \
+                 starts; undo what was changed in them by hand.",
     },
 ];
 

@@ -80,7 +80,7 @@ pub(crate) fn other_incarnation(
         code: error::INCARNATION,
         message: format!(
             "the offset {} of group `{group}` at {} counts in cluster `{}`, topic id {}, but this is cluster \
-             `{cluster_id}`, topic id {topic_id}; decide with `throughline groups adopt {group} --topic {}`",
+             `{cluster_id}`, topic id {topic_id}; decide with `throughline groups adopt {group} --topic {} --begin earliest` or `--begin end`",
             stored.next, stored.partition, stored.cluster_id, stored.topic_id, stored.partition.topic
         ),
     }

@@ -187,6 +187,12 @@ impl SqlStore {
         }
     }
 
+    /// Says whether a stored offset counts in the cluster and topic that the options name.
+    pub fn is_of_here(&self, stored: &StoredOffset) -> bool {
+        let id = self.options.topic_ids.get(&*stored.partition.topic).map(Uuid::to_string);
+        stored.cluster_id == self.options.cluster_id && id.is_some_and(|id| id == stored.topic_id)
+    }
+
     /// Returns every offset stored for a group, of whatever incarnation, by topic and partition.
     ///
     /// # Errors

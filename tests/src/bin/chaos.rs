@@ -1,7 +1,7 @@
 //! `make chaos`: long runs under faults, one a seed, with a journal that is committed.
 //!
 //! A seed that the journal holds already is not run again, so that a run that was cut goes on where it
-//! stopped. `chaos report` makes docs/reliability.md of the journal.
+//! stopped. docs/reliability.md is made of the journal after each.
 
 use serde_json::{Value, json};
 use std::collections::BTreeMap;

@@ -1,19 +1,18 @@
 //! `throughline groups`: every consumer group with its lag and books; adopting offsets that a foreign tool
 //! moved.
 
+use crate::commands::adopt::{self, Adoption};
 use crate::config::Flags;
 use crate::context::Context;
 use crate::failure::{CliError, Exit};
 use crate::output;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use throughline_kafka::admin::{Admin, commit_for_group};
+use throughline_kafka::admin::Admin;
 use throughline_kafka::lag::LagProbe;
 use throughline_model::books::Books;
 use throughline_model::outcome::Outcome;
-use throughline_runtime::ports::Advance;
 use throughline_runtime::{Clock, WallClock};
-use uuid::Uuid;
 
 /// Arguments of `groups`.
 #[derive(clap::Args)]
@@ -31,14 +30,8 @@ enum Command {
         /// The group
         group: String,
     },
-    /// Accept offsets that a foreign tool moved: a new, named volume of the books begins there
-    Adopt {
-        /// The group; stop its members first
-        group: String,
-        /// Do it; without it the command only shows what it would do
-        #[arg(long)]
-        yes: bool,
-    },
+    /// Decide where a group goes on whose offsets a foreign tool moved, or whose topic was replaced
+    Adopt(Adoption),
 }
 
 /// Runs the subcommand.
@@ -50,7 +43,7 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     match &args.command {
         Command::List => list(flags, &context),
         Command::Show { group } => show(flags, &context, group),
-        Command::Adopt { group, yes } => adopt(&context, group, *yes),
+        Command::Adopt(adoption) => adopt::run(&context, adoption),
     }
 }
 
@@ -136,46 +129,5 @@ fn show(flags: &Flags, context: &Context, group: &str) -> Result<Exit, CliError>
         })
         .collect();
     output::table(&["PARTITION", "NEXT", "LAG", "SECONDS"], &rows);
-    Ok(Exit::Done)
-}
-
-fn adopt(context: &Context, group: &str, yes: bool) -> Result<Exit, CliError> {
-    let kafka = context.kafka();
-    let admin = Admin::new(&kafka)?;
-    let members: usize = admin.describe_groups(&[group])?.iter().map(|g| g.members.len()).sum();
-    let offsets = admin.group_offsets(&[group])?;
-    let volume = format!("adopted-{}", Uuid::now_v7());
-    let foreign: Vec<Advance> = offsets
-        .into_iter()
-        .flat_map(|g| g.offsets)
-        .filter(|o| Books::from_metadata(&o.metadata).is_err())
-        .map(|o| Advance {
-            partition: o.partition,
-            from: o.next,
-            to: o.next,
-            books: Books::open(volume.clone()),
-        })
-        .collect();
-    if foreign.is_empty() {
-        output::line(&format!("every offset of `{group}` carries its books: nothing to adopt"));
-        return Ok(Exit::Done);
-    }
-    for advance in &foreign {
-        output::line(&format!("{} goes on at {} in volume {volume}", advance.partition, advance.to));
-    }
-    if !yes {
-        output::notice("nothing was changed; add --yes to adopt");
-        return Ok(Exit::Done);
-    }
-    if members > 0 {
-        return Err(CliError::failed(format!("`{group}` has {members} members: stop them first")));
-    }
-    commit_for_group(&kafka, group, &foreign)?;
-    let after = admin.group_offsets(&[group])?;
-    let still =
-        after.iter().flat_map(|g| &g.offsets).filter(|o| Books::from_metadata(&o.metadata).is_err()).count();
-    if still > 0 {
-        return Err(CliError::failed(format!("{still} offsets of `{group}` are still foreign")));
-    }
     Ok(Exit::Done)
 }

@@ -1,5 +1,6 @@
 //! One module a command; each has `Args` and `run`.
 
+pub mod adopt;
 pub mod bench;
 pub mod devices;
 pub mod dlq;

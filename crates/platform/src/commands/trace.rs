@@ -65,17 +65,17 @@ struct Hop {
 /// Exit code 1 when nothing is found, 4 when Kafka is away.
 pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     let context = Context::new(flags.load()?)?;
-    let mut reader = Reader::new(&context);
     let (trace, partition_of_key, since) = match &args.what {
         Subject::Trace(trace) => locate(&context, *trace)?,
-        Subject::Sequence(device, seq) => by_sequence(&context, &mut reader, device, *seq)?,
+        Subject::Sequence(device, seq) => by_sequence(&context, device, *seq)?,
     };
-    let mut hops = Vec::new();
-    for topic in context.catalog.topics() {
-        let name = topic.spec.name.as_str();
-        let partition = partition_of_key(topic.spec.partitions);
-        collect(&context, &mut reader, name, partition, since, trace, &mut hops)?;
-    }
+    let places: Vec<(&str, i32)> = context
+        .catalog
+        .topics()
+        .map(|topic| (topic.spec.name.as_str(), partition_of_key(topic.spec.partitions)))
+        .collect();
+    let found = at_once(&places, |topic, partition| collect(&context, topic, partition, since, trace))?;
+    let mut hops: Vec<Hop> = found.into_iter().flatten().collect();
     hops.sort_by_key(|hop| (hop.time, hop.topic.clone(), hop.offset));
     if hops.is_empty() {
         return Err(CliError::failed(format!(
@@ -85,6 +85,19 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     let groups = LagProbe::new(&context.kafka())?.snapshot()?.groups;
     report(flags, trace, &hops, &groups);
     Ok(Exit::Done)
+}
+
+/// Looks into several partitions at the same time: most of it is waiting for a broker.
+fn at_once<T: Send>(
+    places: &[(&str, i32)],
+    look: impl Fn(&str, i32) -> Result<T, CliError> + Sync,
+) -> Result<Vec<T>, CliError> {
+    let look = &look;
+    std::thread::scope(|scope| {
+        let looking: Vec<_> =
+            places.iter().map(|(topic, partition)| scope.spawn(move || look(topic, *partition))).collect();
+        looking.into_iter().map(|thread| thread.join().expect("looking does not panic")).collect()
+    })
 }
 
 type PartitionOf = Box<dyn Fn(i32) -> i32>;
@@ -124,46 +137,18 @@ fn locate(context: &Context, trace: TraceId) -> Result<(TraceId, PartitionOf, Ti
 /// Finds the newest message of the device with this seq, in any stream.
 fn by_sequence(
     context: &Context,
-    reader: &mut Reader<'_>,
     device: &DeviceKey,
     seq: i64,
 ) -> Result<(TraceId, PartitionOf, Timestamp), CliError> {
     let key = device.as_str().to_owned();
-    let mut newest: Option<(Timestamp, String)> = None;
-    let mut failed = None;
-    for topic in context.catalog.topics().filter(|t| !t.spec.feeds.is_empty()) {
-        let partition = partition_of(key.as_bytes(), topic.spec.partitions);
-        let all = Stop::AtEnd { within: READ_WITHIN };
-        browse(
-            &context.kafka(),
-            topic.spec.name.as_str(),
-            &[partition],
-            Begin::Earliest,
-            all,
-            &mut |batch| {
-                for record in batch.iter().filter(|r| r.key == Some(key.as_bytes())) {
-                    let value = match reader.value(record.value) {
-                        Ok(Ok(value)) => value,
-                        Ok(Err(_)) => continue,
-                        Err(error) => {
-                            failed = Some(error);
-                            return ControlFlow::Break(());
-                        }
-                    };
-                    let is_newer = newest.as_ref().is_none_or(|(time, _)| *time <= record.time);
-                    if value["seq"].as_i64() == Some(seq) && is_newer {
-                        newest =
-                            Some((record.time, value["trace_id"].as_str().unwrap_or_default().to_owned()));
-                    }
-                }
-                ControlFlow::Continue(())
-            },
-        )?;
-    }
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    let (time, trace) = newest.ok_or_else(|| {
+    let places: Vec<(&str, i32)> = context
+        .catalog
+        .topics()
+        .filter(|topic| !topic.spec.feeds.is_empty())
+        .map(|topic| (topic.spec.name.as_str(), partition_of(key.as_bytes(), topic.spec.partitions)))
+        .collect();
+    let found = at_once(&places, |topic, partition| newest_of(context, topic, partition, &key, seq))?;
+    let (time, trace) = found.into_iter().flatten().max().ok_or_else(|| {
         CliError::failed(format!("no message of `{device}` with seq {seq}: it never arrived, is a dead letter (`throughline dlq list`), or retention deleted it"))
     })?;
     let trace = trace
@@ -172,29 +157,62 @@ fn by_sequence(
     Ok((trace, Box::new(move |n| partition_of(key.as_bytes(), n)), time.minus(SLACK)))
 }
 
+/// Returns arrival and trace id of the newest message of `key` with this seq in one partition.
+fn newest_of(
+    context: &Context,
+    topic: &str,
+    partition: i32,
+    key: &str,
+    seq: i64,
+) -> Result<Option<(Timestamp, String)>, CliError> {
+    let mut newest = None;
+    let mut take = |record: &Record<'_>, value: Value| {
+        if value["seq"].as_i64() == Some(seq) {
+            newest = Some((record.time, value["trace_id"].as_str().unwrap_or_default().to_owned()));
+        }
+    };
+    read_all(context, topic, partition, Begin::Earliest, &|r| r.key == Some(key.as_bytes()), &mut take)?;
+    Ok(newest)
+}
+
+/// Returns the records of one partition that belong to a trace.
 fn collect(
     context: &Context,
-    reader: &mut Reader<'_>,
     topic: &str,
     partition: i32,
     since: Timestamp,
     trace: TraceId,
-    hops: &mut Vec<Hop>,
-) -> Result<(), CliError> {
+) -> Result<Vec<Hop>, CliError> {
     let wanted = trace.to_hex();
+    let mut hops = Vec::new();
+    let mut take = |record: &Record<'_>, value: Value| {
+        if value["trace_id"].as_str() == Some(&wanted) {
+            let (topic, offset, time) = (topic.to_owned(), record.offset, record.time);
+            hops.push(Hop { topic, partition, offset, time, value });
+        }
+    };
+    let begin = Begin::Since(since);
+    read_all(context, topic, partition, begin, &|r| mentions(r, wanted.as_bytes()), &mut take)?;
+    Ok(hops)
+}
+
+/// Decodes the records of a partition that `look` picks and passes them on, from `begin` to the end.
+fn read_all(
+    context: &Context,
+    topic: &str,
+    partition: i32,
+    begin: Begin,
+    look: &dyn Fn(&Record<'_>) -> bool,
+    take: &mut dyn FnMut(&Record<'_>, Value),
+) -> Result<(), CliError> {
+    let mut reader = Reader::new(context);
     let mut failed = None;
     let stop = Stop::AtEnd { within: READ_WITHIN };
-    let read_all = browse(&context.kafka(), topic, &[partition], Begin::Since(since), stop, &mut |batch| {
-        for record in batch.iter().filter(|r| mentions(r, wanted.as_bytes())) {
+    let complete = browse(&context.kafka(), topic, &[partition], begin, stop, &mut |batch| {
+        for record in batch.iter().filter(|record| look(record)) {
             match reader.value(record.value) {
-                Ok(Ok(value)) if value["trace_id"].as_str() == Some(&wanted) => hops.push(Hop {
-                    topic: topic.to_owned(),
-                    partition,
-                    offset: record.offset,
-                    time: record.time,
-                    value,
-                }),
-                Ok(_) => {}
+                Ok(Ok(value)) => take(&record, value),
+                Ok(Err(_)) => {} // What does not decode belongs to no trace.
                 Err(error) => {
                     failed = Some(error);
                     return ControlFlow::Break(());
@@ -205,7 +223,7 @@ fn collect(
     })?;
     match failed {
         Some(error) => Err(error),
-        None if !read_all => Err(CliError::unreachable(format!(
+        None if !complete => Err(CliError::unreachable(format!(
             "`{topic}/{partition}` was not read to its end within {READ_WITHIN:?}"
         ))),
         None => Ok(()),

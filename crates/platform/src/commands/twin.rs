@@ -73,7 +73,7 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
         ..TwinRequest::default()
     };
     let answer = ask(&context, device, &request, Duration::from_secs(*wait))?;
-    report(flags, device, &request_id, answer, *wait)
+    report(flags, device, (&request_id, &request.trace_id), answer, *wait)
 }
 
 fn parse_field(text: &str) -> Result<Measurement, CliError> {
@@ -131,13 +131,13 @@ fn ask(
 fn report(
     flags: &Flags,
     device: &DeviceKey,
-    request_id: &str,
+    (request_id, trace_id): (&str, &str),
     answer: Option<TwinResponse>,
     wait: u64,
 ) -> Result<Exit, CliError> {
     let Some(answer) = answer else {
         return Err(CliError::failed(format!(
-            "no answer within {wait} s: the request is in Kafka and will be carried out; `throughline trace {request_id}` or `throughline groups list` shows where `update_twin` is"
+            "no answer within {wait} s: the request is in Kafka and will be carried out; `throughline trace {trace_id}` or `throughline groups list` shows where `update_twin` is"
         )));
     };
     let code = answer.response_code.unwrap_or_default();
