@@ -110,7 +110,13 @@ class Check:
         self.failures = []
 
     def equal(self, what, found, expected):
-        if found != expected:
+        if isinstance(found, Counter) and found != expected:
+            keys = [k for k in {**found, **expected} if found[k] != expected[k]]
+            some = {k: (found[k], expected[k]) for k in keys[:5]}
+            self.failures.append(
+                f"{what}: found {sum(found.values())}, expected {sum(expected.values())}; {len(keys)} differ, "
+                f"some of them as (found, expected): {some!r}")
+        elif found != expected:
             self.failures.append(f"{what}: found {found!r}, expected {expected!r}")
 
     def true(self, what, condition):
@@ -148,7 +154,17 @@ def main():
     sites = "('north', 'south')"
     wanted_rows = 3 * len(readings)
 
+    raises, clears = expected_alerts(load, args.lanes, args.threshold) if args.threshold is not None else ({}, {})
+
+    def alerts():
+        """Rows of alerts by device: all that were raised, and those that were cleared again."""
+        rows = store.query(f"SELECT site_id, device_id, state FROM alert WHERE rule_id = '{args.rule}' AND site_id IN {sites}")
+        return Counter((s, d) for s, d, _ in rows), Counter((s, d) for s, d, state in rows if state == "cleared")
+
     def settled():
+        found = alerts()
+        if sum(found[0].values()) < sum(raises.values()) or sum(found[1].values()) < sum(clears.values()):
+            return False
         rows = int(store.query(f"SELECT count(*) FROM reading WHERE site_id IN {sites}")[0][0])
         twins = {(s, d): doc for s, d, doc in store.query(f"SELECT site_id, device_id, document FROM twin WHERE site_id IN {sites}")}
         stale = [k for k, (_seq, values) in last.items() if k not in twins or reported(twins[k]) != values]
@@ -207,10 +223,9 @@ def main():
 
     # Alerts: each raise and clear once.
     if args.threshold is not None:
-        raises, clears = expected_alerts(load, args.lanes, args.threshold)
-        rows = store.query(f"SELECT site_id, device_id, state FROM alert WHERE rule_id = '{args.rule}' AND site_id IN {sites}")
-        check.equal("alerts raised", Counter((s, d) for s, d, _ in rows), raises)
-        check.equal("alerts cleared", Counter((s, d) for s, d, state in rows if state == "cleared"), clears)
+        raised, cleared = alerts()
+        check.equal("alerts raised", raised, raises)
+        check.equal("alerts cleared", cleared, clears)
 
     if check.failures:
         print("\n".join(f"DIFFERENCE {f[:2000]}" for f in check.failures))

@@ -117,11 +117,24 @@ impl Cluster {
     pub fn kill_and_restart(&mut self, role: usize) {
         let index = role % self.roles.len();
         self.roles[index].process.kill();
-        let (name, instance, starts) = {
-            let role = &mut self.roles[index];
-            role.starts += 1;
-            (role.name.clone(), role.instance.clone(), role.starts)
-        };
+        self.start_again(index);
+    }
+
+    /// Starts every process again that ended by itself, as Kubernetes does, and says so.
+    #[expect(clippy::print_stderr, reason = "a test that met it should not hide it")]
+    pub fn start_what_ended(&mut self) {
+        for index in 0..self.roles.len() {
+            if self.roles[index].process.has_ended() {
+                eprintln!("{} ended by itself and is started again", self.roles[index].name);
+                self.start_again(index);
+            }
+        }
+    }
+
+    fn start_again(&mut self, index: usize) {
+        let role = &mut self.roles[index];
+        role.starts += 1;
+        let (name, instance, starts) = (role.name.clone(), role.instance.clone(), role.starts);
         self.roles[index].process = self.spawn(&name, &instance, starts);
     }
 
