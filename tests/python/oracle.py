@@ -74,7 +74,19 @@ class Kafka:
         return records
 
     def books(self, group):
-        """Sums of the outcome counters in the group's commit metadata, by topic."""
+        """Sums of the outcome counters in the group's commit metadata, by topic.
+
+        The client hands metadata over without its length, so that what follows it in memory may be no text:
+        then it is asked for again.
+        """
+        for _attempt in range(50):
+            try:
+                return self.books_as_read(group)
+            except UnicodeDecodeError:
+                time.sleep(0.1)
+        raise RuntimeError(f"the commit metadata of {group} could not be read as text")
+
+    def books_as_read(self, group):
         future = self.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])[group]
         sums = {}
         for tp in future.result(timeout=20).topic_partitions:
