@@ -3,6 +3,7 @@
 
 use crate::{Process, binary, said, wait_for};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -10,6 +11,9 @@ use throughline_kafka::KafkaConfig;
 use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_local::ports;
 use throughline_local::registry::EmbeddedRegistry;
+
+/// The signal's number on every system that the platform runs on.
+const SIGSEGV: i32 = 11;
 
 /// Every role of the platform.
 pub const ROLES: [&str; 7] =
@@ -120,14 +124,20 @@ impl Cluster {
         self.start_again(index);
     }
 
-    /// Starts every process again that ended by itself, as Kubernetes does, and says so.
+    /// Starts every process again that SIGSEGV ended, as Kubernetes does, and says so: only C code can end one
+    /// like that.
+    ///
+    /// # Panics
+    /// When a process ended by itself in any other way.
     #[expect(clippy::print_stderr, reason = "a test that met it should not hide it")]
-    pub fn start_what_ended(&mut self) {
+    pub fn start_what_crashed(&mut self) {
         for index in 0..self.roles.len() {
-            if self.roles[index].process.has_ended() {
-                eprintln!("{} ended by itself and is started again", self.roles[index].name);
-                self.start_again(index);
-            }
+            let role = &mut self.roles[index];
+            let Some(status) = role.process.status() else { continue };
+            let name = &role.name;
+            assert_eq!(status.signal(), Some(SIGSEGV), "{name} ended: {status}\n{}", role.process.output());
+            eprintln!("{name} met SIGSEGV and is started again");
+            self.start_again(index);
         }
     }
 

@@ -7,7 +7,7 @@ pub mod scenario_run;
 use serde_json::Value;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a platform may take to be ready on a busy machine; it takes seconds on an idle one.
@@ -89,7 +89,12 @@ impl Process {
 
     /// Says whether it has ended.
     pub fn has_ended(&mut self) -> bool {
-        self.child.try_wait().expect("a child can be waited for").is_some()
+        self.status().is_some()
+    }
+
+    /// Returns how it ended, if it has.
+    pub fn status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child can be waited for")
     }
 
     /// Sends a signal by name, for instance `KILL`, `STOP`, `TERM`.

@@ -107,8 +107,8 @@ fn acknowledged_messages_survive_a_hung_and_a_killed_kafka() {
     cluster.kafka.restart().expect("Kafka starts again on its data");
     wait_for("the publisher's end", Duration::from_secs(300), || {
         // librdkafka 2.12 may end a process when a partition has no leader for a while (its issue 5280, open).
-        // Whoever runs the platform starts what ended, and everything must be exact all the same.
-        cluster.start_what_ended();
+        // Whoever runs the platform starts it again, and everything must be exact all the same.
+        cluster.start_what_crashed();
         publisher.has_ended().then_some(())
     });
     published(publisher, Duration::from_secs(1));

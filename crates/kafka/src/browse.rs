@@ -106,18 +106,6 @@ pub fn end_offsets(config: &KafkaConfig, topic: &str) -> Result<Vec<(TopicPartit
     Ok(ends)
 }
 
-/// Returns the first position of each partition of a topic that still exists.
-///
-/// # Errors
-/// As [`end_offsets`].
-pub fn begin_offsets(config: &KafkaConfig, topic: &str) -> Result<Vec<(TopicPartition, i64)>, Failure> {
-    let tail = Tail::new(config, topic, false)?;
-    let begins = tail.bounds(&tail.partitions()?, OffsetSpec::Earliest, false)?;
-    let mut begins: Vec<_> = begins.into_iter().map(|(p, at)| (TopicPartition::new(topic, p), at)).collect();
-    begins.sort();
-    Ok(begins)
-}
-
 fn positions(
     tail: &Tail,
     partitions: &[i32],

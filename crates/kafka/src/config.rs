@@ -93,7 +93,7 @@ impl KafkaConfig {
             .set("fetch.queue.backoff.ms", "20")
             .set("fetch.error.backoff.ms", "100")
             // A seek is answered after the fetch in progress: with the default of 500 ms every start and
-            // rebalance of an idle partition takes that long. Ten empty fetches a second cost nothing.
+            // rebalance of an idle partition takes that long. The price is ten empty fetches a second of an idle consumer.
             .set("fetch.wait.max.ms", "100")
             // The bound on memory: a member's partitions have a queue each, so this is per partition.
             .set("queued.min.messages", "50000")

@@ -356,8 +356,8 @@ where
         complete
     }
 
-    /// Positions, state and delivery of several tasks with one request for each: a seek waits for the fetch in progress,
-    /// however many partitions it names.
+    /// Positions, state and delivery of several tasks with one request for each: a seek waits for the fetch
+    /// in progress, however many partitions it names.
     fn activate(&mut self, numbers: &[i32]) -> Result<(), Failure> {
         let of_task = |number| self.topics.iter().map(move |topic| partition_of(topic, number));
         let partitions: Vec<_> = numbers.iter().flat_map(|number| of_task(*number)).collect();

@@ -1,6 +1,5 @@
 //! A class-data archive of the broker (JEP 350): the JVM maps its classes instead of reading and checking them
-//! in a hundred jars. Measured on two busy cores, with quick compilation: 2.8 s and 4.1 CPU-seconds to a broker
-//! that serves, instead of 8.2 s and 10.7 CPU-seconds.
+//! in a hundred jars, which is much of what a start costs.
 
 use super::{KafkaOptions, ManagedKafka};
 use crate::artifacts::{self, Notice};

@@ -41,7 +41,7 @@ pub struct KafkaOptions {
 /// How the broker's JVM compiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compile {
-    /// Quickly and not well: a start costs less than half the CPU time.
+    /// Quickly and not well: most code of a start runs once, and compiling it well costs more than running it.
     Quick,
     /// Well, for measurements and sustained load.
     Full,

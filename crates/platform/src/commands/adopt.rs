@@ -6,9 +6,7 @@ use crate::context::Context;
 use crate::failure::{CliError, Exit};
 use crate::output;
 use crate::roles::{stage_specs, store_options, subscription};
-use std::collections::BTreeMap;
 use throughline_kafka::admin::{Admin, commit_for_group};
-use throughline_kafka::browse::{begin_offsets, end_offsets};
 use throughline_model::books::Books;
 use throughline_model::record::TopicPartition;
 use throughline_model::stage::Kind;
@@ -71,18 +69,17 @@ pub fn run(context: &Context, adoption: &Adoption) -> Result<Exit, CliError> {
     };
     let of_topic = |s: &Standing| adoption.topic.as_deref().is_none_or(|topic| *s.partition.topic == *topic);
     let volume = format!("adopted-{}", Uuid::now_v7());
-    let mut bounds: BTreeMap<String, BTreeMap<i32, (i64, i64)>> = BTreeMap::new();
+    let standing: Vec<Standing> = standing.into_iter().filter(of_topic).collect();
+    let partitions: Vec<TopicPartition> = standing.iter().map(|s| s.partition.clone()).collect();
+    let (earliest, latest) = (admin.earliest(&partitions)?, admin.latest(&partitions)?);
     let mut adopted = Vec::new();
-    for standing in standing.into_iter().filter(of_topic) {
-        let topic = standing.partition.topic.to_string();
-        if !bounds.contains_key(&topic) {
-            let begins = begin_offsets(&kafka, &topic)?;
-            let ends = end_offsets(&kafka, &topic)?;
-            let both = begins.into_iter().zip(ends).map(|((p, begin), (_, end))| (p.partition, (begin, end)));
-            bounds.insert(topic.clone(), both.collect());
-        }
-        let (begin, end) = bounds[&topic].get(&standing.partition.partition).copied().unwrap_or_default();
-        if let Some(to) = destination(adoption.begin, &standing, begin, end)? {
+    for standing in standing {
+        let (Some(first), Some(end)) = (earliest.get(&standing.partition), latest.get(&standing.partition))
+        else {
+            output::notice(&format!("{} does not exist any more and is left alone", standing.partition));
+            continue;
+        };
+        if let Some(to) = destination(adoption.begin, &standing, *first, *end)? {
             let books = Books::open(volume.clone());
             adopted.push(Advance { partition: standing.partition, from: standing.next, to, books });
         }
