@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use throughline_model::record::Outgoing;
 use throughline_runtime::Sabotage;
-use throughline_runtime::ports::{Failure, Ingress, Refused};
+use throughline_runtime::ports::{Failure, Fate, Ingress, NotTaken};
 use tracing::{error, warn};
 
 // A token travels through librdkafka in place of a pointer.
@@ -54,67 +54,39 @@ impl Default for IngressConfig {
     }
 }
 
-/// What became of a record that the producer took.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// Kafka acknowledged it with acks=all.
-    Delivered,
-    /// Kafka did not acknowledge it in time, or said why it cannot now. It may hold the record nevertheless.
-    Failed,
-    /// Kafka refuses this very record and would again.
-    Refused,
-}
-
-impl Fate {
-    fn of(result: &DeliveryResult<'_>) -> Self {
-        use RDKafkaErrorCode as Code;
-        match result {
-            Ok(_) => Self::Delivered,
-            // Not `InvalidDifferentRecord`: another record of the batch is the bad one.
-            Err((error, _)) => match error.rdkafka_error_code() {
-                Some(
-                    Code::MessageSizeTooLarge
-                    | Code::MessageBatchTooLarge
-                    | Code::InvalidMessageSize
-                    | Code::InvalidRecord
-                    | Code::InvalidTimestamp
-                    | Code::PolicyViolation,
-                ) => Self::Refused,
-                _ => Self::Failed,
-            },
-        }
+/// Sorts a delivery report.
+fn fate_of(result: &DeliveryResult<'_>) -> Fate {
+    use RDKafkaErrorCode as Code;
+    match result {
+        Ok(_) => Fate::Delivered,
+        // Not `InvalidDifferentRecord`: another record of the batch is the bad one.
+        Err((error, _)) => match error.rdkafka_error_code() {
+            Some(
+                Code::MessageSizeTooLarge
+                | Code::MessageBatchTooLarge
+                | Code::InvalidMessageSize
+                | Code::InvalidRecord
+                | Code::InvalidTimestamp
+                | Code::PolicyViolation,
+            ) => Fate::Refused,
+            _ => Fate::Failed,
+        },
     }
 }
 
-/// Why the producer did not take a record.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NotTaken {
-    /// The queue is full, or the producer is about to be replaced.
-    #[error("the producer queue is full")]
-    Full,
-    /// The topic takes no record now: it does not exist, or we may not write to it. Other topics may.
-    #[error("the topic takes no records: {0}")]
-    Topic(String),
-    /// The record itself cannot be sent, however often it is tried.
-    #[error("the record cannot be sent: {0}")]
-    Record(String),
-}
-
-impl NotTaken {
-    fn because(error: &KafkaError) -> Self {
-        match error {
-            KafkaError::MessageProduction(code) => match code {
-                RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::InvalidArgument => {
-                    Self::Record(code.to_string())
-                }
-                // `Fatal` is of a producer that `serve` replaces.
-                RDKafkaErrorCode::QueueFull | RDKafkaErrorCode::Fatal => Self::Full,
-                // librdkafka passes on whatever the brokers say of the topic: unknown, not authorized, …
-                code => Self::Topic(code.to_string()),
-            },
-            // The name of the topic cannot be passed on.
-            other => Self::Topic(other.to_string()),
-        }
+fn why_not_taken(error: &KafkaError) -> NotTaken {
+    match error {
+        KafkaError::MessageProduction(code) => match code {
+            RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::InvalidArgument => {
+                NotTaken::Record(code.to_string())
+            }
+            // `Fatal` is of a producer that `serve` replaces.
+            RDKafkaErrorCode::QueueFull | RDKafkaErrorCode::Fatal => NotTaken::Full,
+            // librdkafka passes on whatever the brokers say of the topic: unknown, not authorized, …
+            code => NotTaken::Topic(code.to_string()),
+        },
+        // The name of the topic cannot be passed on.
+        other => NotTaken::Topic(other.to_string()),
     }
 }
 
@@ -187,7 +159,7 @@ impl ProducerContext for Deliveries {
         if Sabotage::AcknowledgeEarly.is_chosen() {
             return;
         }
-        (self.callback)(token as u64, Fate::of(result));
+        (self.callback)(token as u64, fate_of(result));
     }
 }
 
@@ -244,12 +216,8 @@ impl IngressProducer {
     }
 }
 
-impl IngressProducer {
-    /// Hands a record over like [`Ingress::send`], and tells a topic that takes nothing from a full queue.
-    ///
-    /// # Errors
-    /// [`NotTaken`]; after all but [`NotTaken::Record`] try again later.
-    pub fn offer(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
+impl Ingress for IngressProducer {
+    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
         let closed = &self.shared.closed;
         if let Some(why) = closed.why(record.topic) {
             return Err(NotTaken::Topic(why));
@@ -264,21 +232,11 @@ impl IngressProducer {
             return Ok(());
         }
         taken.map_err(|error| {
-            let not_taken = NotTaken::because(&error);
+            let not_taken = why_not_taken(&error);
             if let NotTaken::Topic(why) = &not_taken {
                 closed.close(record.topic, why);
             }
             not_taken
-        })
-    }
-}
-
-impl Ingress for IngressProducer {
-    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), Refused> {
-        self.offer(record, token).map_err(|not_taken| match not_taken {
-            // The port has no word for a topic: what it says must not blame the record.
-            NotTaken::Full | NotTaken::Topic(_) => Refused::Full,
-            NotTaken::Record(why) => Refused::Broken(why),
         })
     }
 
@@ -364,7 +322,7 @@ mod tests {
             (Code::InvalidTopic, "topic"),
             (Code::TopicAuthorizationFailed, "topic"),
         ] {
-            let said = match NotTaken::because(&KafkaError::MessageProduction(code)) {
+            let said = match why_not_taken(&KafkaError::MessageProduction(code)) {
                 NotTaken::Full => "full",
                 NotTaken::Topic(_) => "topic",
                 NotTaken::Record(_) => "record",

@@ -25,7 +25,7 @@ mod tail;
 mod transactions;
 
 pub use config::{GroupProtocol, KafkaConfig};
-pub use ingress::{Fate, IngressConfig, IngressProducer, NotTaken};
+pub use ingress::{IngressConfig, IngressProducer};
 pub use outlet::AckedProducer;
 pub use reader::TopicReader;
 pub use registry::{RegistryClient, RegistryConfig, RegistryError, SubjectVersion};

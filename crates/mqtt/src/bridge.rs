@@ -6,12 +6,12 @@ use crate::feeds::Router;
 use crate::inbox::Inboxes;
 use crate::listener::{Listener, Surroundings};
 use crate::outflow::Outflow;
-use crate::producer::Producer;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use throughline_model::codec::Codec;
 use throughline_model::topics::{DEVICE_SESSION_V1, SERVICE_PLATFORM_LOCATOR_V1};
+use throughline_runtime::ports::Ingress;
 use throughline_telemetry::RoleHealth;
 
 /// Starts bridges.
@@ -28,7 +28,7 @@ impl Bridge {
         config: &BridgeConfig,
         router: Arc<Router>,
         codec: Arc<Codec>,
-        producer: Arc<dyn Producer>,
+        producer: Arc<dyn Ingress>,
         inboxes: Arc<Inboxes>,
         health: RoleHealth,
     ) -> Result<RunningBridge, BridgeError> {

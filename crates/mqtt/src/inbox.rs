@@ -3,6 +3,7 @@
 
 use parking_lot::Mutex;
 use std::sync::Arc;
+use throughline_runtime::ports::Fate;
 use tokio::sync::Notify;
 
 /// The most workers that a token can name.
@@ -48,17 +49,6 @@ impl Token {
             sequence: (token as u32) & SEQUENCE_MASK,
         }
     }
-}
-
-/// What became of a record that the producer took.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// Kafka acknowledged it.
-    Delivered,
-    /// Kafka did not acknowledge it, for now or in time; it may hold it nevertheless.
-    Failed,
-    /// Kafka refuses this very record and would again.
-    Refused,
 }
 
 /// The fate of one record.

@@ -1,13 +1,13 @@
 //! The way out: hands the records of a publish to the producer, and says in log and health which topics
 //! take none.
 
-use crate::producer::{NotTaken, Producer};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use throughline_model::record::{Outbox, Outgoing};
 use throughline_model::topics::SERVICE_PLATFORM_LOCATOR_V1;
+use throughline_runtime::ports::{Ingress, NotTaken};
 use throughline_telemetry::RoleHealth;
 
 /// The dependency's name in health. It is mentioned only once a topic took nothing.
@@ -15,7 +15,7 @@ const KAFKA: &str = "kafka";
 
 /// What the listener and the client of an external broker send through.
 pub(crate) struct Outflow {
-    producer: Arc<dyn Producer>,
+    producer: Arc<dyn Ingress>,
     health: RoleHealth,
     /// Whether `refused` holds anything, so that a record that is taken costs no lock.
     any_refused: AtomicBool,
@@ -37,14 +37,14 @@ pub(crate) struct Handed {
 }
 
 impl Outflow {
-    pub(crate) fn new(producer: Arc<dyn Producer>, health: RoleHealth) -> Arc<Self> {
+    pub(crate) fn new(producer: Arc<dyn Ingress>, health: RoleHealth) -> Arc<Self> {
         Arc::new(Self { producer, health, any_refused: AtomicBool::new(false), refused: Mutex::default() })
     }
 
     /// Hands over one record.
     pub(crate) fn offer(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
         let topic = record.topic;
-        let offered = self.producer.offer(record, token);
+        let offered = self.producer.send(record, token);
         match &offered {
             Ok(()) if self.any_refused.load(Ordering::Relaxed) => self.taken(topic),
             Err(NotTaken::Topic(why)) => self.refused(topic, why),

@@ -7,7 +7,8 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 use support::*;
 use throughline_model::topics::DEVICE_TELEMETRY_V1;
-use throughline_mqtt::{ExternalConfig, Fate};
+use throughline_mqtt::ExternalConfig;
+use throughline_runtime::ports::Fate;
 
 const TELEMETRY_DLT: &str = "device.telemetry.v1.bridge-dlt";
 

@@ -7,8 +7,9 @@ use std::io::Write as _;
 use std::time::Duration;
 use support::*;
 use throughline_model::topics::{DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1, SERVICE_PLATFORM_LOCATOR_V1};
+use throughline_mqtt::LoginConfig;
 use throughline_mqtt::inbox::Token;
-use throughline_mqtt::{Fate, LoginConfig};
+use throughline_runtime::ports::Fate;
 
 const UNMATCHED: &str = "device.unmatched.v1.bridge-dlt";
 const TELEMETRY_DLT: &str = "device.telemetry.v1.bridge-dlt";

@@ -10,14 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_kafka::{IngressConfig, IngressProducer};
-use throughline_model::record::Outgoing;
 use throughline_model::strict_toml;
 use throughline_mqtt::{
     Bridge, BridgeConfig, BridgeError, ExternalConfig, Inboxes, ListenerConfig, LoginConfig, ReplayBridge,
     Router,
 };
 use throughline_runtime::Shutdown;
-use throughline_runtime::ports::{Ingress, Refused};
 use throughline_telemetry::RoleHealth;
 
 /// How long open publishes may wait for Kafka when the process ends.
@@ -25,41 +23,6 @@ const DRAIN_BUDGET: Duration = Duration::from_secs(10);
 
 /// How often the wish to end is looked for while only MQTT is served.
 const POLL: Duration = Duration::from_millis(100);
-
-/// The Kafka producer behind the bridge's port.
-struct Producer(Arc<IngressProducer>);
-
-impl Ingress for Producer {
-    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), Refused> {
-        self.0.send(record, token)
-    }
-
-    fn in_flight(&self) -> usize {
-        self.0.in_flight()
-    }
-}
-
-impl throughline_mqtt::Producer for Producer {
-    fn offer(&self, record: Outgoing<'_>, token: u64) -> Result<(), throughline_mqtt::NotTaken> {
-        use throughline_kafka::NotTaken as Kafka;
-        use throughline_mqtt::NotTaken as Mqtt;
-        self.0.offer(record, token).map_err(|not_taken| match not_taken {
-            Kafka::Full => Mqtt::Full,
-            Kafka::Topic(why) => Mqtt::Topic(why),
-            Kafka::Record(why) => Mqtt::Record(why),
-        })
-    }
-}
-
-fn fate(of_kafka: throughline_kafka::Fate) -> throughline_mqtt::Fate {
-    use throughline_kafka::Fate as Kafka;
-    use throughline_mqtt::Fate as Mqtt;
-    match of_kafka {
-        Kafka::Delivered => Mqtt::Delivered,
-        Kafka::Failed => Mqtt::Failed,
-        Kafka::Refused => Mqtt::Refused,
-    }
-}
 
 /// Runs the bridge and its replays until the process shall end. Replays that stop earlier do not end it.
 ///
@@ -78,14 +41,14 @@ pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
     };
     let deliver = Arc::clone(&inboxes);
     let ingress = IngressProducer::start(&context.kafka(), &tuning, move |token, reported| {
-        deliver.deliver(token, fate(reported));
+        deliver.deliver(token, reported);
     })?;
     let ingress = Arc::new(ingress);
     let mut running = Bridge::start(
         &config,
         Arc::clone(&router),
         Arc::clone(&context.codec),
-        Arc::new(Producer(Arc::clone(&ingress))),
+        Arc::clone(&ingress) as _,
         inboxes,
         health,
     )

@@ -5,19 +5,20 @@
 //! from any failed or unknown commit: drop producer and state, reset, read the committed offsets, restore,
 //! go on, with bounded back-off.
 
+mod activation;
+
 use crate::clock::{Backoff, Clock, elapsed, seconds_between};
 use crate::codes;
 use crate::config::{LoopConfig, Shutdown, Stopped};
 use crate::dead_letter::Fault;
 use crate::lane::{BatchTiming, Lane, wait_seconds};
 use crate::ports::{Failure, PipelineEvent, SchemaSource, Source, TableReader, Transactions};
-use crate::sabotage::Sabotage;
 use crate::schemas::Schemas;
 use crate::signals::{Notes, Signals};
 use crate::tables::Tables;
 use crate::timers::Timers;
 use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::catalog::replay_topic;
@@ -292,132 +293,6 @@ where
         self.signals.overtaken(partition, from, to, lost);
         self.pending.since.get_or_insert(self.clock.now());
         Ok(())
-    }
-
-    /// Reads the tables first; then activates the tasks that are complete.
-    fn set_up(&mut self) -> Result<(), Stopped> {
-        let now = self.clock.now();
-        if !self.setup.is_due(now) {
-            return Ok(());
-        }
-        let mut done =
-            self.tables.follow(&mut self.stage, &mut self.reader, &mut self.schemas, &self.signals, now);
-        let chosen = self.next_tasks();
-        if done.is_ok() && self.tables.are_complete() && !chosen.is_empty() {
-            // A restore may take long: what the running tasks did must not wait for it.
-            self.commit_now()?;
-            if self.needs_reset {
-                return Ok(());
-            }
-            done = self.activate(&chosen);
-            self.failed_last = done.is_err().then_some(chosen[chosen.len() - 1]).or(self.failed_last);
-        }
-        match done {
-            Ok(()) => {
-                if self.setup.has_failed() {
-                    // Whatever failed before was tried again just now.
-                    self.signals.work_again();
-                    self.setup.succeeded();
-                }
-                self.signals.ready();
-                Ok(())
-            }
-            Err(failure) => {
-                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
-                self.signals.failed(&failure);
-                self.setup.failed(self.clock.now());
-                Ok(())
-            }
-        }
-    }
-
-    /// Returns the tasks that are complete and not active.
-    fn complete(&self) -> Vec<i32> {
-        let waiting = self.lanes.values().filter(|lane| !lane.active).map(|lane| lane.source.partition);
-        let numbers: BTreeSet<i32> = waiting.filter(|number| !self.tasks.contains_key(number)).collect();
-        let owned = |number: &i32| {
-            let named = |topic: &Arc<str>| partition_of(topic, *number);
-            self.topics.iter().all(|topic| self.lanes.contains_key(&named(topic)))
-        };
-        numbers.into_iter().filter(owned).collect()
-    }
-
-    /// Returns the tasks to activate next: all that are complete or, after a failure and until none waits,
-    /// one at a time, so that a partition which cannot be restored does not hold up the others.
-    fn next_tasks(&mut self) -> Vec<i32> {
-        let mut complete = self.complete();
-        if complete.is_empty() {
-            self.failed_last = None;
-        }
-        if let Some(failed) = self.failed_last {
-            let following = complete.partition_point(|number| *number <= failed) % complete.len();
-            complete = vec![complete[following]];
-        }
-        complete
-    }
-
-    /// Positions, state and delivery of several tasks with one request for each: a seek waits for the fetch
-    /// in progress, however many partitions it names.
-    fn activate(&mut self, numbers: &[i32]) -> Result<(), Failure> {
-        let of_task = |number| self.topics.iter().map(move |topic| partition_of(topic, number));
-        let partitions: Vec<_> = numbers.iter().flat_map(|number| of_task(*number)).collect();
-        // The committed positions come first: they wait for open transactions, whose state changes the
-        // restore must see.
-        let positions = self.source.committed(&partitions)?;
-        for (partition, found) in partitions.iter().zip(positions) {
-            let lane = self.lanes.get_mut(partition).expect("the task is complete");
-            lane.position(self.spec.group, found)?;
-        }
-        let restored = self.restore(numbers)?;
-        let starts: Vec<_> = partitions.iter().map(|p| (p.clone(), self.lanes[p].next)).collect();
-        self.source.start(&starts)?;
-        for (number, states) in restored {
-            let timers = Timers::of(&states, |state| self.stage.due_at(state));
-            let positions = starts.iter().filter(|(p, _)| p.partition == number);
-            tracing::info!(
-                stage = self.spec.group,
-                partition = number,
-                keys = states.len(),
-                positions = %positions.map(|(p, next)| format!("{p}@{next}")).collect::<Vec<_>>().join(" "),
-                "a task begins"
-            );
-            self.tasks.insert(number, Task { states, timers });
-        }
-        let mut resumed = Vec::new();
-        for partition in partitions {
-            let lane = self.lanes.get_mut(&partition).expect("the task is complete");
-            lane.active = true;
-            if std::mem::take(&mut lane.paused) {
-                resumed.push(partition);
-            }
-        }
-        if !resumed.is_empty() {
-            self.source.pause(&resumed, false);
-        }
-        Ok(())
-    }
-
-    fn restore(&mut self, numbers: &[i32]) -> Result<BTreeMap<i32, Keyed<D::State>>, Failure> {
-        let mut states: BTreeMap<_, _> = numbers.iter().map(|number| (*number, Keyed::default())).collect();
-        let Some(topic) = &self.changelog else { return Ok(states) };
-        if Sabotage::ForgetState.is_chosen() {
-            return Ok(states);
-        }
-        let now = self.clock.now();
-        let mut result = Ok(());
-        let (source, signals) = (&mut self.source, &self.signals);
-        self.reader.read_partitions(topic, numbers, &mut |batch| {
-            source.keep_alive();
-            signals.turned();
-            if result.is_ok() {
-                result = self.schemas.resolve(batch, now);
-            }
-            if result.is_ok() {
-                let states = states.get_mut(&batch.source.partition).expect("only these are read");
-                result = restore_batch(batch, self.schemas.codec(), states);
-            }
-        })?;
-        result.map(|()| states)
     }
 
     // ---- records ---------------------------------------------------------------------------------------
@@ -775,23 +650,6 @@ fn flush<T: Transactions>(
     if !effects.outbox().is_empty() {
         transactions.send(effects.outbox())?;
         effects.outbox_mut().clear();
-    }
-    Ok(())
-}
-
-fn partition_of(topic: &Arc<str>, partition: i32) -> TopicPartition {
-    TopicPartition { topic: Arc::clone(topic), partition }
-}
-
-fn restore_batch<S: KeyedState>(batch: &Batch, codec: &Codec, states: &mut Keyed<S>) -> Result<(), Failure> {
-    for record in batch.iter() {
-        let unreadable = |why: String| Failure::Stop {
-            code: codes::STATE_UNREADABLE,
-            message: format!("{} at offset {}: {why}", batch.source, record.offset),
-        };
-        let key = record.key_str().ok_or_else(|| unreadable("the key is not text".to_owned()))?;
-        let state = record.value.map(|value| S::decode(value, codec)).transpose();
-        states.restore(key, state.map_err(|e| unreadable(format!("the state under `{key}`: {e}")))?);
     }
     Ok(())
 }

@@ -228,27 +228,41 @@ pub trait SchemaSource {
     fn fetch(&mut self, id: u32) -> Result<Option<String>, Failure>;
 }
 
-/// Takes records from the bridge without blocking; reports each one's fate by its token.
+/// Takes records from the bridge without blocking; reports each one's [`Fate`] by its token.
 pub trait Ingress: Send + Sync {
     /// Hands a record over. The token comes back through the delivery callback that the adapter was made
     /// with, exactly once, unless this returns an error.
     ///
     /// # Errors
-    /// [`Refused::Full`]: stop reading from the connection and try again later. [`Refused::Broken`]: the
-    /// record cannot be sent at all (too large for the broker, say).
-    fn send(&self, record: throughline_model::record::Outgoing<'_>, token: u64) -> Result<(), Refused>;
+    /// [`NotTaken`]; after all but [`NotTaken::Record`] stop reading from the connection and try again later.
+    fn send(&self, record: throughline_model::record::Outgoing<'_>, token: u64) -> Result<(), NotTaken>;
 
     /// Returns how many records are not yet acknowledged.
     fn in_flight(&self) -> usize;
 }
 
-/// Why an [`Ingress`] did not take a record.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// The queue is full.
+/// Why an [`Ingress`] did not take a record. Only the last may become a dead letter.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotTaken {
+    /// The queue is full, or the producer is about to be replaced.
     #[error("the producer queue is full")]
     Full,
-    /// The record itself cannot be sent.
+    /// The topic takes no records now, because it is missing, say, or we may not write to it: a fault of the
+    /// platform. Records of other topics may be taken meanwhile.
+    #[error("the topic takes no records: {0}")]
+    Topic(String),
+    /// The record itself cannot be sent, however often it is tried.
     #[error("the record cannot be sent: {0}")]
-    Broken(String),
+    Record(String),
+}
+
+/// What became of a record that an [`Ingress`] took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Kafka acknowledged it with acks=all.
+    Delivered,
+    /// Kafka did not acknowledge it in time, or said why it cannot now. It may hold the record nevertheless.
+    Failed,
+    /// Kafka refuses this very record and would again.
+    Refused,
 }

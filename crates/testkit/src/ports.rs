@@ -9,7 +9,7 @@ use std::sync::Arc;
 use throughline_model::record::{Batch, Outbox, Outgoing, TopicPartition};
 use throughline_runtime::Clock;
 use throughline_runtime::ports::{
-    Advance, Failure, Ingress, Outlet, Refused, SchemaSource, TableReader, Transactions,
+    Advance, Failure, Ingress, NotTaken, Outlet, SchemaSource, TableReader, Transactions,
 };
 
 /// A transactional producer of a member.
@@ -288,14 +288,14 @@ impl MemoryIngress {
 }
 
 impl Ingress for MemoryIngress {
-    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), Refused> {
+    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
         let mut waiting = self.waiting.lock();
         let bytes = record.value.map_or(0, <[u8]>::len);
         if bytes > self.value_bytes_max {
-            return Err(Refused::Broken(format!("{bytes} bytes are more than {}", self.value_bytes_max)));
+            return Err(NotTaken::Record(format!("{bytes} bytes are more than {}", self.value_bytes_max)));
         }
         if waiting.len() == self.capacity {
-            return Err(Refused::Full);
+            return Err(NotTaken::Full);
         }
         let mut outbox = Outbox::default();
         outbox.push(&record.topic.into(), record.partition, record.key, record.value, record.headers.iter());

@@ -8,10 +8,10 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_kafka::browse::{Begin, Stop, browse};
-use throughline_kafka::{Fate, IngressConfig, IngressProducer, NotTaken};
+use throughline_kafka::{IngressConfig, IngressProducer};
 use throughline_model::ids::partition_of;
 use throughline_model::record::{Headers, Outgoing};
-use throughline_runtime::ports::{Ingress, Refused};
+use throughline_runtime::ports::{Fate, Ingress, NotTaken};
 
 const KEYS: usize = 300;
 
@@ -55,7 +55,7 @@ fn ingress_reports_each_token_once_and_partitions_as_java_does() {
         .collect();
     send(&javas, b"k", &noise, u64::MAX).expect("taken");
     // The client refuses this one, larger than any broker takes by default.
-    assert!(matches!(send(&javas, b"k", &vec![0; 3 << 20], 7_777_777), Err(Refused::Broken(_))));
+    assert!(matches!(send(&javas, b"k", &vec![0; 3 << 20], 7_777_777), Err(NotTaken::Record(_))));
     wait_for("all reports", || (reported.lock().unwrap().len() == KEYS + 1).then_some(()));
     assert_eq!(ingress.in_flight(), 0);
     let expected: BTreeMap<_, _> = (0..KEYS as u64)
@@ -94,7 +94,7 @@ fn a_missing_topic_is_refused_until_it_is_there_and_others_are_served() {
     .expect("starts");
     let offer = |topic: &str, token: u64| {
         let (key, value, headers) = (Some(b"k".as_slice()), Some(b"v".as_slice()), Headers::default());
-        ingress.offer(Outgoing { topic, partition: None, key, value, headers }, token)
+        ingress.send(Outgoing { topic, partition: None, key, value, headers }, token)
     };
     let refused = |token| matches!(offer(&missing, token), Err(NotTaken::Topic(_)));
     let mut tokens = 0..;

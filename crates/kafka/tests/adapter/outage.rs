@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_kafka::{
-    AckedProducer, BatchBounds, Fate, GroupSource, IngressConfig, IngressProducer, KafkaConfig, TopicReader,
+    AckedProducer, BatchBounds, GroupSource, IngressConfig, IngressProducer, KafkaConfig, TopicReader,
     TransactionalProducer,
 };
 use throughline_local::child::Fault;
@@ -14,7 +14,7 @@ use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_model::books::Books;
 use throughline_model::record::{Headers, Outbox, Outgoing, Record};
 use throughline_runtime::ports::{
-    Advance, Failure, Ingress, Outlet, PipelineEvent, Source, TableReader, Transactions,
+    Advance, Failure, Fate, Ingress, Outlet, PipelineEvent, Source, TableReader, Transactions,
 };
 
 #[test]

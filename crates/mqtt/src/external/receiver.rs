@@ -3,12 +3,11 @@
 use super::connection::{FAREWELL, Status};
 use super::{Parts, Stop};
 use crate::feeds::Publish;
-use crate::inbox::{Delivery, Fate, GENERATION_MASK, Token};
+use crate::inbox::{Delivery, GENERATION_MASK, Token};
 use crate::listener::meters::Meters;
 use crate::listener::worker::wall_clock;
 use crate::outflow::Handed;
 use crate::poison::Poison;
-use crate::producer::NotTaken;
 use crate::ring::{Done, Ring};
 use crate::transform::{Scope, Transformer, Verdict};
 use rumqttc::v5::AsyncClient;
@@ -19,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use throughline_model::record::Outbox;
+use throughline_runtime::ports::{Fate, NotTaken};
 use throughline_telemetry::{Gauge, Metric, gauge};
 use tokio::sync::mpsc;
 

@@ -4,9 +4,9 @@
 use crate::config::Bounds;
 use crate::inbox::{SLOTS_MAX, Token};
 use crate::outflow::Outflow;
-use crate::producer::NotTaken;
 use std::collections::{HashMap, VecDeque};
 use throughline_model::record::Outbox;
+use throughline_runtime::ports::NotTaken;
 use throughline_telemetry::{Counter, Metric, counter};
 
 /// The slot that their tokens carry; no connection has it.

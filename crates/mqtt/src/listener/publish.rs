@@ -5,10 +5,10 @@ use super::worker::{Worker, wall_clock};
 use crate::auth::Login;
 use crate::feeds::Publish;
 use crate::inbox::Token;
-use crate::producer::NotTaken;
 use crate::ring::Done;
 use crate::transform::Verdict;
 use std::rc::Rc;
+use throughline_runtime::ports::NotTaken;
 
 /// MQTT 5, PUBACK reason code: not authorized.
 const NOT_AUTHORIZED: u8 = 0x87;

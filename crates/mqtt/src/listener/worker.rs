@@ -6,8 +6,7 @@ use super::meters::Meters;
 use super::packets;
 use super::slots::Slots;
 use super::{Command, Shared};
-use crate::inbox::{Delivery, Fate, Token};
-use crate::producer::NotTaken;
+use crate::inbox::{Delivery, Token};
 use crate::transform::Transformer;
 use mqtt_protocol_core::mqtt::connection::event::TimerKind;
 use std::cell::{Cell, RefCell};
@@ -17,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use throughline_model::time::Timestamp;
+use throughline_runtime::ports::{Fate, NotTaken};
 use tokio::sync::Semaphore;
 use tokio::task::LocalSet;
 

@@ -14,10 +14,9 @@ use throughline_model::envelope::{DeviceMessage, Session};
 use throughline_model::record::Outgoing;
 use throughline_model::topics::{DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1};
 use throughline_mqtt::{
-    Bridge, BridgeConfig, ExternalConfig, Fate, Inboxes, ListenerConfig, NotTaken, Producer, Router,
-    RunningBridge,
+    Bridge, BridgeConfig, ExternalConfig, Inboxes, ListenerConfig, Router, RunningBridge,
 };
-use throughline_runtime::ports::{Ingress, Refused};
+use throughline_runtime::ports::{Fate, Ingress, NotTaken};
 use throughline_telemetry::Health;
 
 /// How long anything may take that is expected to happen.
@@ -153,8 +152,8 @@ impl Memory {
     }
 }
 
-impl Producer for Memory {
-    fn offer(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
+impl Ingress for Memory {
+    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), NotTaken> {
         let mut state = self.state.lock();
         let waiting = state.sent.iter().filter(|s| !s.answered).count();
         if state.closed.iter().any(|topic| topic == record.topic) {
@@ -182,15 +181,6 @@ impl Producer for Memory {
         }
         self.changed.notify_all();
         Ok(())
-    }
-}
-
-impl Ingress for Memory {
-    fn send(&self, record: Outgoing<'_>, token: u64) -> Result<(), Refused> {
-        self.offer(record, token).map_err(|not_taken| match not_taken {
-            NotTaken::Full | NotTaken::Topic(_) => Refused::Full,
-            NotTaken::Record(why) => Refused::Broken(why),
-        })
     }
 
     fn in_flight(&self) -> usize {
@@ -243,7 +233,7 @@ impl Rig {
             changed: Condvar::new(),
         });
         let health = Health::new();
-        let producer: Arc<dyn Producer> = Arc::clone(&memory) as _;
+        let producer: Arc<dyn Ingress> = Arc::clone(&memory) as _;
         let role = health.role("bridge");
         let bridge =
             Bridge::start(&config, router, Arc::clone(&codec), producer, inboxes, role).expect("starts");

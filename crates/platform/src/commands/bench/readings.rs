@@ -7,7 +7,7 @@ use crate::failure::CliError;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use throughline_kafka::{Fate, IngressConfig, IngressProducer};
+use throughline_kafka::{IngressConfig, IngressProducer};
 use throughline_model::envelope::DeviceMessage;
 use throughline_model::record::{Outbox, Outgoing, TopicPartition};
 use throughline_model::time::Timestamp;
@@ -15,7 +15,7 @@ use throughline_model::topics::DATA_CORE_READING_V1;
 use throughline_mqtt::Router;
 use throughline_mqtt::feeds::Publish;
 use throughline_mqtt::transform::{Scope, Transformer, Verdict};
-use throughline_runtime::ports::{Ingress, Refused};
+use throughline_runtime::ports::{Fate, Ingress, NotTaken};
 use throughline_runtime::{Clock, WallClock};
 
 /// Devices that take turns.
@@ -183,9 +183,9 @@ fn send(
     loop {
         match ingress.send(record, token) {
             Ok(()) => return Ok(()),
-            Err(Refused::Full) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-            Err(Refused::Full) => return Err(CliError::unreachable("Kafka takes no more readings")),
-            Err(Refused::Broken(why)) => return Err(CliError::failed(why)),
+            Err(NotTaken::Full) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+            Err(NotTaken::Full) => return Err(CliError::unreachable("Kafka takes no more readings")),
+            Err(refused) => return Err(CliError::failed(refused.to_string())),
         }
     }
 }
