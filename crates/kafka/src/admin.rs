@@ -1,5 +1,6 @@
 //! Topics and groups of a cluster, for operators' commands. Nothing here deletes.
 
+use crate::bounds::list_offsets;
 use crate::config::{KafkaConfig, REQUEST_TIMEOUT};
 use crate::context::Logging;
 use crate::failure::{by_code, dependency, failure, ffi_failure, refused_config};
@@ -326,7 +327,7 @@ impl Admin {
     ) -> Result<HashMap<TopicPartition, i64>, Failure> {
         let what = "cannot ask for the positions of partitions";
         let asked: Vec<_> = partitions.iter().map(|p| (&*p.topic, p.partition)).collect();
-        let found = ffi::list_offsets(self.client.inner(), &asked, spec, false, REQUEST_TIMEOUT);
+        let found = list_offsets(self.client.inner(), &asked, spec, false, REQUEST_TIMEOUT);
         let mut offsets = HashMap::with_capacity(asked.len());
         for entry in found.map_err(|e| ffi_failure(what, &e))? {
             match entry.error {

@@ -30,6 +30,10 @@ const TURN: Duration = Duration::from_millis(100);
 /// serves deliveries, so it is not to wait long.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
+/// A producer that has records in flight and reports none for so long, while the cluster answers and every
+/// partition has a leader, has lost one for good (see `stall`).
+const STALLED_AFTER: Duration = Duration::from_secs(30);
+const STALLED: &str = "records wait in vain although every partition has a leader";
 /// How long a producer that ends waits for the fate of its last records.
 const LAST_REPORTS: Duration = Duration::from_secs(5);
 
@@ -129,6 +133,10 @@ impl ClosedTopics {
 struct Deliveries {
     callback: Callback,
     closed: Arc<ClosedTopics>,
+    /// Set with each report, taken by the thread that looks for a stall.
+    reported: AtomicBool,
+    /// Set where a record waited too long, though others may have been reported meanwhile.
+    timed_out: AtomicBool,
 }
 
 impl ClientContext for Deliveries {
@@ -146,6 +154,10 @@ impl ProducerContext for Deliveries {
 
     fn delivery(&self, result: &DeliveryResult<'_>, token: usize) {
         use RDKafkaErrorCode as Code;
+        self.reported.store(true, Ordering::Relaxed);
+        if result.as_ref().is_err_and(|(e, _)| e.rdkafka_error_code() == Some(Code::MessageTimedOut)) {
+            self.timed_out.store(true, Ordering::Relaxed);
+        }
         if let Err((error, message)) = result
             && let Some(
                 code @ (Code::UnknownTopic
@@ -269,12 +281,18 @@ fn make(
         .set("message.timeout.ms", tuning.produce_timeout_ms.to_string())
         .set("queue.buffering.max.messages", tuning.queue_records_max.to_string())
         .set("queue.buffering.max.kbytes", tuning.queue_kib_max.to_string());
-    let context = Deliveries { callback: Arc::clone(callback), closed: Arc::clone(closed) };
+    let context = Deliveries {
+        callback: Arc::clone(callback),
+        closed: Arc::clone(closed),
+        reported: AtomicBool::new(false),
+        timed_out: AtomicBool::new(false),
+    };
     BaseProducer::from_config_and_context(&client, context).map_err(|e| refused_config(&e))
 }
 
 fn serve(shared: &Shared) {
     let mut asked = Instant::now();
+    let mut progress = Instant::now();
     while !shared.stop.load(Ordering::Acquire) {
         let producer = Arc::clone(&shared.producer.read());
         producer.poll(TURN);
@@ -282,8 +300,19 @@ fn serve(shared: &Shared) {
             shared.closed.ask(&producer);
             asked = Instant::now();
         }
-        if let Some((code, why)) = producer.client().fatal_error() {
-            warn!("the bridge's Kafka producer is made anew: {code}: {why}");
+        let reports = producer.client().context();
+        let timed_out = reports.timed_out.swap(false, Ordering::Relaxed);
+        if reports.reported.swap(false, Ordering::Relaxed) || producer.in_flight_count() == 0 {
+            progress = Instant::now();
+        }
+        let fatal = producer.client().fatal_error().map(|(code, why)| format!("{code}: {why}"));
+        let stalled = || {
+            let long = timed_out || progress.elapsed() >= STALLED_AFTER;
+            (long && every_partition_has_a_leader(&producer)).then(|| STALLED.to_owned())
+        };
+        if let Some(why) = fatal.or_else(stalled) {
+            warn!("the bridge's Kafka producer is made anew: {why}");
+            progress = Instant::now();
             match make(&shared.config, &shared.tuning, &shared.callback, &shared.closed) {
                 Ok(renewed) => {
                     *shared.producer.write() = Arc::new(renewed);
@@ -293,6 +322,12 @@ fn serve(shared: &Shared) {
             }
         }
     }
+}
+
+/// Asks the cluster whether it could take every record now.
+fn every_partition_has_a_leader(producer: &BaseProducer<Deliveries>) -> bool {
+    let metadata = producer.client().fetch_metadata(None, ANSWER_WITHIN);
+    metadata.is_ok_and(|m| m.topics().iter().flat_map(|t| t.partitions()).all(|p| p.leader() >= 0))
 }
 
 /// Gives up what is queued or in flight, so that each token is reported.

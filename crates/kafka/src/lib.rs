@@ -10,6 +10,7 @@
 
 pub mod admin;
 pub mod baseline;
+mod bounds;
 pub mod browse;
 mod config;
 mod context;
@@ -21,6 +22,7 @@ mod outlet;
 mod reader;
 mod registry;
 mod source;
+mod stall;
 mod tail;
 mod transactions;
 

@@ -82,6 +82,24 @@ impl AckedProducer {
 
 impl Outlet for AckedProducer {
     fn send_all(&mut self, outbox: &Outbox) -> Result<(), Failure> {
+        let sent = self.send_and_wait(outbox);
+        if matches!(sent, Err(Failure::Dependency { .. })) {
+            // It may have lost a leader for good (see `stall`); what it still holds is sent again by the caller.
+            self.producer = None;
+        }
+        sent
+    }
+
+    fn mirror(&mut self, group: &str, advances: &[Advance]) {
+        match &self.member {
+            Some(membership) => membership.mirror(advances),
+            None => tracing::warn!(group, "offsets are not mirrored: this producer belongs to no member"),
+        }
+    }
+}
+
+impl AckedProducer {
+    fn send_and_wait(&mut self, outbox: &Outbox) -> Result<(), Failure> {
         if outbox.is_empty() {
             return Ok(());
         }
@@ -115,13 +133,6 @@ impl Outlet for AckedProducer {
         match failed.lock().take() {
             None => Ok(()),
             Some((code, what)) => Err(by_code(&what, code, &code.to_string())),
-        }
-    }
-
-    fn mirror(&mut self, group: &str, advances: &[Advance]) {
-        match &self.member {
-            Some(membership) => membership.mirror(advances),
-            None => tracing::warn!(group, "offsets are not mirrored: this producer belongs to no member"),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::config::{KafkaConfig, STABLE_TIMEOUT};
 use crate::failure::dependency;
+use crate::stall::{LOOK_WITHIN, StallWatch};
 use crate::tail::{Tail, Tailed};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -17,6 +18,21 @@ struct Followed {
     tail: Tail,
     /// Partitions whose first reading to the end is still under way.
     behind: HashSet<i32>,
+    /// The next position of each partition.
+    next: HashMap<i32, i64>,
+    stalls: StallWatch<i32>,
+}
+
+impl Followed {
+    /// Returns a partition that delivers nothing of what it holds.
+    fn stalled(&mut self) -> Option<i32> {
+        if !self.stalls.is_due() {
+            return None;
+        }
+        let partitions: Vec<i32> = self.next.keys().copied().collect();
+        let ends = self.tail.ends_within(&partitions, LOOK_WITHIN)?;
+        self.stalls.look(self.next.iter().filter_map(|(p, next)| Some((*p, *next, *ends.get(p)?))))
+    }
 }
 
 /// Reads tables for one stage; blocking, but for `follow` after its first call.
@@ -41,7 +57,7 @@ impl TopicReader {
         let from: Vec<_> = begins.iter().map(|(p, b)| (*p, *b)).collect();
         tail.assign(&from)?;
         let behind = ends.iter().filter(|(p, end)| begins.get(p) < Some(end)).map(|(p, _)| *p).collect();
-        Ok(Followed { tail, behind })
+        Ok(Followed { tail, behind, next: begins, stalls: StallWatch::new() })
     }
 }
 
@@ -89,12 +105,21 @@ impl TableReader for TopicReader {
             match followed.tail.poll(wait)? {
                 Tailed::Records(batch) => {
                     deadline = Instant::now() + PROGRESS_TIMEOUT;
+                    let partition = batch.source.partition;
+                    followed.next.insert(partition, batch.get(batch.len() - 1).offset + 1);
+                    followed.stalls.delivered(&partition);
                     each(&batch);
                 }
                 Tailed::End(partition) => {
                     followed.behind.remove(&partition);
+                    followed.stalls.reached_end(&partition);
                 }
-                Tailed::Nothing if followed.behind.is_empty() => return Ok(()),
+                Tailed::Nothing if followed.behind.is_empty() => {
+                    let Some(number) = followed.stalled() else { return Ok(()) };
+                    // The next call reads the table anew, with a client that finds the leader.
+                    self.followed.remove(topic);
+                    return Err(stalled(&TopicPartition::new(topic, number)));
+                }
                 Tailed::Nothing if Instant::now() > deadline => {
                     let number = followed.behind.iter().next().copied().unwrap_or_default();
                     return Err(stalled(&TopicPartition::new(topic, number)));

@@ -1,5 +1,6 @@
 //! Reads partitions of one topic without being a member of a group: tables, and what operators look at.
 
+use crate::bounds::list_offsets;
 use crate::config::{KafkaConfig, REQUEST_TIMEOUT};
 use crate::context::Logging;
 use crate::failure::{by_code, dependency, failure, ffi_failure, refused_config};
@@ -11,7 +12,7 @@ use rdkafka::message::Message;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
-use throughline_kafka_ffi::{OffsetSpec, list_offsets};
+use throughline_kafka_ffi::OffsetSpec;
 use throughline_model::record::{Batch, TopicPartition};
 use throughline_runtime::ports::Failure;
 
@@ -139,19 +140,19 @@ impl Tail {
     ) -> Result<HashMap<i32, i64>, Failure> {
         let what = format!("cannot ask for the bounds of `{}`", self.topic);
         let asked: Vec<_> = partitions.iter().map(|p| (&*self.topic, *p)).collect();
-        let deadline = Instant::now() + REQUEST_TIMEOUT;
-        loop {
-            let found = list_offsets(self.consumer.client(), &asked, spec, committed_only, REQUEST_TIMEOUT);
-            let found = found.map_err(|e| ffi_failure(&what, &e))?;
-            match found.iter().find_map(|entry| entry.error) {
-                None => return Ok(found.into_iter().map(|entry| (entry.partition, entry.offset)).collect()),
-                // Right after a topic was made, or while its leader changes.
-                Some(code) if is_leaderless(code) && Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(100));
-                }
-                Some(code) => return Err(by_code(&what, code, &code.to_string())),
-            }
+        let found = list_offsets(self.consumer.client(), &asked, spec, committed_only, REQUEST_TIMEOUT);
+        let found = found.map_err(|e| ffi_failure(&what, &e))?;
+        match found.iter().find_map(|entry| entry.error) {
+            None => Ok(found.into_iter().map(|entry| (entry.partition, entry.offset)).collect()),
+            Some(code) => Err(by_code(&what, code, &code.to_string())),
         }
+    }
+
+    /// Returns the ends for readers of committed data, or `None` where the cluster does not answer `within`.
+    pub(crate) fn ends_within(&self, partitions: &[i32], within: Duration) -> Option<HashMap<i32, i64>> {
+        let asked: Vec<_> = partitions.iter().map(|p| (&*self.topic, *p)).collect();
+        let found = list_offsets(self.consumer.client(), &asked, OffsetSpec::Latest, true, within).ok()?;
+        Some(found.into_iter().filter(|e| e.error.is_none()).map(|e| (e.partition, e.offset)).collect())
     }
 
     /// Returns the high watermarks as of now, once nothing below them belongs to an open transaction.
@@ -181,12 +182,6 @@ impl Tail {
             }
         }
     }
-}
-
-/// Says whether a partition waits for a leader, which takes moments.
-fn is_leaderless(code: RDKafkaErrorCode) -> bool {
-    use RDKafkaErrorCode::{LeaderNotAvailable, NotLeaderForPartition};
-    matches!(code, NotLeaderForPartition | LeaderNotAvailable)
 }
 
 /// Says whether librdkafka goes on by itself after an error.

@@ -16,9 +16,11 @@ mod partition;
 pub use membership::Membership;
 pub use partition::BatchBounds;
 
+use crate::bounds::{is_stale, list_offsets};
 use crate::config::{KafkaConfig, REQUEST_TIMEOUT, STABLE_TIMEOUT};
 use crate::failure::{dependency, failure, ffi_failure};
 use crate::message::{bare_list, list};
+use crate::stall::{LOOK_WITHIN, StallWatch};
 use membership::{Member, MemberConsumer, Rebalanced, Wake, assign, unassign};
 use partition::{Drained, Partition};
 use rdkafka::consumer::Consumer;
@@ -26,7 +28,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use throughline_kafka_ffi::{OffsetSpec, entries, list_offsets};
+use throughline_kafka_ffi::{Entry, OffsetSpec, entries};
 use throughline_model::books::Books;
 use throughline_model::record::TopicPartition;
 use throughline_runtime::ports::{BooksFound, Failure, PipelineEvent, Position, Source};
@@ -40,6 +42,9 @@ const REBUILD_BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Durat
 const LEAVE_WITHIN: Duration = Duration::from_secs(3);
 /// A position that does not exist any more; described among the codes of the runtime.
 const PAST_END: &str = "TL-KAFKA-010";
+/// After this many questions in a row without an answer of use the client is made anew: its connection to the
+/// coordinator, or its idea of the leaders, may be lost for good.
+const UNANSWERED_MAX: u32 = 2;
 /// How long a seek may take; it is local but for the broker thread's turn.
 const SEEK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the main queue is served in one turn; each serve takes one event.
@@ -65,6 +70,9 @@ pub struct GroupSource {
     events: VecDeque<PipelineEvent>,
     /// A trouble is reported once until records flow again.
     troubled: bool,
+    stalls: StallWatch<TopicPartition>,
+    /// How often in a row Kafka gave no answer of use.
+    unanswered: u32,
     rebuild_at: Instant,
     backoff: Duration,
 }
@@ -93,6 +101,8 @@ impl GroupSource {
             turn: 0,
             events: VecDeque::new(),
             troubled: false,
+            stalls: StallWatch::new(),
+            unanswered: 0,
             rebuild_at: Instant::now(),
             backoff: REBUILD_BACKOFF.0,
         };
@@ -127,6 +137,8 @@ impl GroupSource {
         warn!(group = self.group, "the Kafka consumer is made anew: {why}");
         let lost: Vec<_> = self.partitions.drain(..).map(|p| p.name).collect();
         self.revoking.clear();
+        self.stalls.clear();
+        self.unanswered = 0;
         self.membership.set(None);
         self.member = None;
         self.rebuild_at = Instant::now() + self.backoff;
@@ -280,11 +292,13 @@ impl GroupSource {
             match drained {
                 Drained::Empty => {}
                 Drained::Records(batch) => {
+                    self.stalls.delivered(&name);
                     self.troubled = false;
                     self.backoff = REBUILD_BACKOFF.0;
                     return Some(PipelineEvent::Records(batch));
                 }
                 Drained::End => {
+                    self.stalls.reached_end(&name);
                     self.troubled = false;
                     self.backoff = REBUILD_BACKOFF.0;
                     return Some(PipelineEvent::CaughtUp(name));
@@ -304,6 +318,26 @@ impl GroupSource {
             }
         }
         None
+    }
+
+    /// Makes the consumer anew where a partition delivers nothing of what it holds. While Kafka does not answer
+    /// nothing is known.
+    fn look_for_stalls(&mut self) {
+        let delivering: Vec<_> =
+            self.partitions.iter().filter(|p| p.delivers()).map(|p| (p.name.clone(), p.next)).collect();
+        let asked: Vec<(&str, i32)> =
+            delivering.iter().map(|(name, _)| (&*name.topic, name.partition)).collect();
+        let Ok(consumer) = self.consumer() else { return };
+        let found = list_offsets(consumer.client(), &asked, OffsetSpec::Latest, true, LOOK_WITHIN);
+        let Ok(found) = found else { return };
+        let ends = delivering.iter().filter_map(|(name, next)| {
+            let of = |e: &&Entry| *e.topic == *name.topic && e.partition == name.partition;
+            let end = found.iter().find(of).filter(|e| e.error.is_none())?.offset;
+            Some((name.clone(), *next, end))
+        });
+        if let Some(name) = self.stalls.look(ends) {
+            self.give_up(&format!("{name} delivers nothing of what it holds: the client lost its leader"));
+        }
     }
 
     /// The position does not exist. Before the beginning, retention overtook it: say so and go on. Anywhere
@@ -334,7 +368,10 @@ impl GroupSource {
     }
 
     /// Returns the partitions with the position to begin at, −1 replaced by the earliest one.
-    fn resolved(&self, partitions: &[(TopicPartition, i64)]) -> Result<Vec<(TopicPartition, i64)>, Failure> {
+    fn resolved(
+        &mut self,
+        partitions: &[(TopicPartition, i64)],
+    ) -> Result<Vec<(TopicPartition, i64)>, Failure> {
         let open = partitions.iter().filter(|(_, next)| *next < 0);
         let asked: Vec<(&str, i32)> = open.map(|(name, _)| (&*name.topic, name.partition)).collect();
         let what = "cannot ask for the bounds of the partitions to begin";
@@ -352,6 +389,9 @@ impl GroupSource {
                 None => return Err(dependency(format!("{what}: no answer for {name}"))),
                 Some(entry) => match entry.error {
                     Some(code) => {
+                        if is_stale(code) {
+                            self.count_unanswered(&format!("it does not find the leader of {name}"));
+                        }
                         return Err(crate::failure::by_code(what, code, &format!("{name}: {code}")));
                     }
                     None => entry.offset,
@@ -360,6 +400,16 @@ impl GroupSource {
             begins.push((name.clone(), next));
         }
         Ok(begins)
+    }
+
+    /// Counts a question without an answer of use and makes the client anew after several in a row, unless
+    /// Kafka answers nothing at all.
+    fn count_unanswered(&mut self, why: &str) {
+        self.unanswered += 1;
+        let kafka_answers = || self.consumer().is_ok_and(|c| c.fetch_metadata(None, LOOK_WITHIN).is_ok());
+        if self.unanswered > UNANSWERED_MAX && kafka_answers() {
+            self.give_up(why);
+        }
     }
 
     fn earliest(&self, name: &TopicPartition) -> Result<i64, Failure> {
@@ -388,6 +438,7 @@ impl GroupSource {
     /// after which librdkafka refuses to seek.
     fn reassign(&mut self, name: &TopicPartition, next: i64) -> Result<(), Failure> {
         let consumer = Arc::clone(self.consumer()?);
+        self.stalls.forget(name);
         if let Some(partition) = self.partitions.iter_mut().find(|p| p.name == *name) {
             partition.begin(next);
         }
@@ -430,6 +481,10 @@ impl Source for GroupSource {
             if let Some(event) = self.take_event().or_else(|| self.next_event()) {
                 return event;
             }
+            if self.stalls.is_due() {
+                self.look_for_stalls();
+                continue;
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return PipelineEvent::Idle;
@@ -461,6 +516,10 @@ impl Source for GroupSource {
                 self.wake.reset();
                 continue;
             }
+            let timed_out = Some(RDKafkaErrorCode::OperationTimedOut);
+            if found.as_ref().is_err_and(|e| e.rdkafka_error_code() == timed_out) {
+                self.count_unanswered("the group's coordinator does not answer this client");
+            }
             let entries = found.map_err(|e| match e.rdkafka_error_code() {
                 // librdkafka itself asks again while they are unstable, and then says this.
                 Some(RDKafkaErrorCode::OperationTimedOut) => dependency(format!(
@@ -477,6 +536,7 @@ impl Source for GroupSource {
                 let entry = entries.iter().find(|e| *e.topic == *name.topic && e.partition == name.partition);
                 entry.map_or_else(|| position_of(-1, &[]), |e| position_of(e.offset, &e.metadata))
             };
+            self.unanswered = 0;
             return Ok(partitions.iter().map(position).collect());
         }
     }
@@ -491,6 +551,7 @@ impl Source for GroupSource {
                 return Err(dependency(format!("{name} is not assigned to this member any more")));
             };
             partition.begin(*next);
+            self.stalls.forget(name);
         }
         let sought = consumer.seek_partitions(list(begins.iter().map(|(n, next)| (n, *next))), SEEK_TIMEOUT);
         let sought = sought.map(|l| entries(&l)).unwrap_or_default();
