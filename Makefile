@@ -18,9 +18,10 @@ test: setup-test lint ## Install what the tests need, then run format, lints and
 SEEDS ?= 1 2 3 4 5 6
 MINUTES ?= 5
 chaos: setup-test ## Long runs under faults with the release build; SEEDS="1 2" MINUTES=5; the journal is docs/reliability.jsonl
-	cargo build --release --locked --package throughline-platform --package throughline-tests
+	cargo build --release --locked --package throughline-platform
+	cargo build --locked --workspace --all-targets
 	PATH="$(CURDIR)/target/venv/bin:$$PATH" THROUGHLINE_BINARY="$(CURDIR)/target/release/throughline" \
-	  target/release/chaos $(MINUTES) $(SEEDS)
+	  target/debug/chaos $(MINUTES) $(SEEDS)
 
 sabotage: setup-test ## Show that the run under faults can fail: builds broken on purpose must be noticed
 	PATH="$(CURDIR)/target/venv/bin:$$PATH" scripts/sabotage

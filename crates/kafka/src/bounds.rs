@@ -24,7 +24,10 @@ pub(crate) fn list_offsets<C: ClientContext>(
     let deadline = Instant::now() + within;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let found = ffi::list_offsets(client, partitions, spec, committed_only, left)?;
+        let mut found = ffi::list_offsets(client, partitions, spec, committed_only, left)?;
+        if !matches!(spec, OffsetSpec::AtOrAfter(_)) {
+            found.iter_mut().for_each(refuse_none);
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         if left <= ASK_AGAIN || !found.iter().any(|entry| entry.error.is_some_and(is_stale)) {
             return Ok(found);
@@ -36,6 +39,14 @@ pub(crate) fn list_offsets<C: ClientContext>(
     }
 }
 
+/// Every partition has a first and a last position; a broker that is about to lead one may say that it has none.
+/// Taken as it is, that would make a table look empty.
+fn refuse_none(entry: &mut Entry) {
+    if entry.offset < 0 {
+        entry.error.get_or_insert(Code::OffsetNotAvailable);
+    }
+}
+
 /// Says whether the client's idea of a partition's leader may be old.
 pub(crate) fn is_stale(code: Code) -> bool {
     matches!(
@@ -44,5 +55,6 @@ pub(crate) fn is_stale(code: Code) -> bool {
             | Code::LeaderNotAvailable
             | Code::FencedLeaderEpoch
             | Code::UnknownLeaderEpoch
+            | Code::OffsetNotAvailable
     )
 }

@@ -6,7 +6,9 @@ use crate::failure::CliError;
 use crate::watch;
 use base64::Engine;
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use throughline_kafka::admin::Admin;
@@ -75,12 +77,18 @@ pub fn stage_specs() -> Vec<StageSpec> {
 pub struct RunningRole {
     name: &'static str,
     thread: JoinHandle<Result<(), CliError>>,
+    panicked: Arc<AtomicBool>,
 }
 
 impl RunningRole {
     /// Waits for the role's end and says whether it drained. Its error was logged when it came.
     pub fn join(self) -> bool {
         self.thread.join().is_ok_and(|result| result.is_ok())
+    }
+
+    /// Says whether the role ended by a defect of ours, after which a restart may help.
+    pub fn has_panicked(&self) -> bool {
+        self.panicked.load(Ordering::Acquire)
     }
 
     /// Returns the role's name.
@@ -102,16 +110,29 @@ impl RunningRole {
 pub fn start(context: &Context, role: &'static Role) -> Result<RunningRole, CliError> {
     let context = context.clone();
     let health = context.health.role(role.name);
+    let panicked = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&panicked);
     let builder = std::thread::Builder::new().name(role.name.to_owned());
     let thread = builder.spawn(move || {
-        let result = (role.run)(&context, health.clone());
+        // Nothing of what a panicking role held is used again; its health is.
+        let run = AssertUnwindSafe(|| (role.run)(&context, health.clone()));
+        let result = catch_unwind(run).unwrap_or_else(|panic| {
+            flag.store(true, Ordering::Release);
+            Err(panic_error(&*panic))
+        });
         if let Err(error) = &result {
             tracing::error!(role = role.name, "{error}");
             health.stopped(&error.to_string());
         }
         result
     })?;
-    Ok(RunningRole { name: role.name, thread })
+    Ok(RunningRole { name: role.name, thread, panicked })
+}
+
+fn panic_error(panic: &(dyn std::any::Any + Send)) -> CliError {
+    let text = panic.downcast_ref::<&str>().copied().map(str::to_owned);
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    CliError::failed(format!("it panicked, which is a defect of Throughline; please report it: {text}"))
 }
 
 /// Returns the topics that a stage's group subscribes to: its inputs, unless it reads only replays, and their

@@ -4,7 +4,7 @@ use crate::config::Flags;
 use crate::context::Context;
 use crate::failure::{CliError, Exit};
 use crate::process::{self, Signals};
-use crate::roles::{self, ROLES, Role};
+use crate::roles::{self, ROLES, Role, RunningRole};
 use std::time::Duration;
 
 /// Arguments of `run`.
@@ -34,7 +34,9 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
         running.push(roles::start(&context, role)?);
     }
     tracing::info!(roles = args.roles.join(","), instance = context.config.instance, "running");
-    signals.wait(Duration::from_millis(200), || true);
+    // A role that stopped because a person must act stays, so that its status can be read; after a panic the
+    // process ends, so that whatever watches it starts it again.
+    signals.wait(Duration::from_millis(200), || !running.iter().any(RunningRole::has_panicked));
     process::drain(&context, running)
 }
 
