@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos sabotage lint setup-run setup-test
+.PHONY: help run test chaos sabotage lint setup-run setup-test setup-chaos
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,10 +17,10 @@ test: setup-test lint ## Install what the tests need, then run format, lints and
 
 SEEDS ?= 1 2 3 4 5 6
 MINUTES ?= 5
-chaos: setup-test ## Long runs under faults with the release build; SEEDS="1 2" MINUTES=5; the journal is docs/reliability.jsonl
+chaos: setup-chaos ## Long runs under faults with the release build; SEEDS="1 2 database_down" MINUTES=5; the journal is docs/reliability.jsonl
 	cargo build --release --locked --package throughline-platform
 	cargo build --locked --workspace --all-targets
-	PATH="$(CURDIR)/target/venv/bin:$$PATH" THROUGHLINE_BINARY="$(CURDIR)/target/release/throughline" \
+	PATH="$(CURDIR)/target/venv/bin:$$PATH" PLATFORM_BINARY="$(CURDIR)/target/release/throughline" \
 	  target/debug/chaos $(MINUTES) $(SEEDS)
 
 sabotage: setup-test ## Show that the run under faults can fail: builds broken on purpose must be noticed
@@ -35,3 +35,6 @@ setup-run:
 
 setup-test:
 	@scripts/setup test
+
+setup-chaos:
+	@scripts/setup chaos

@@ -2,9 +2,13 @@
 
 use crate::cluster::{Cluster, ROLES};
 use std::collections::BTreeMap;
+use std::io::Write;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use throughline_local::child::Fault;
 use throughline_local::postgres::ManagedPostgres;
+
+const STAGES: [&str; 5] = ["evaluate_rules", "update_twin", "bridge_data", "load_warehouse", "project_twins"];
 
 /// A small generator whose seed is in the journal (Vigna's splitmix64).
 pub struct Random(pub u64);
@@ -48,16 +52,69 @@ pub enum Injection {
     HangDatabase(Duration),
     /// The registry does not answer.
     RegistryAway(Duration),
+    /// Every packet from and to a part is dropped; connections stay open and silent.
+    DropPackets(Link, Duration),
+}
+
+/// Whose packets are dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Those of the broker.
+    Kafka,
+    /// Those of PostgreSQL.
+    Database,
+    /// Those of the bridge's listener.
+    Mqtt,
+}
+
+/// Drops the packets of a port until it is dropped itself.
+struct Wall;
+
+impl Wall {
+    const TABLE: &str = "inet throughline_chaos";
+
+    fn build(port: u16) -> Option<Self> {
+        let table = Self::TABLE;
+        let rules = format!(
+            "add table {table}\ndelete table {table}\nadd table {table}\n\
+             add chain {table} drops {{ type filter hook input priority 0; }}\n\
+             add rule {table} drops tcp dport {port} drop\nadd rule {table} drops tcp sport {port} drop\n"
+        );
+        Self::nft(&rules).then_some(Self)
+    }
+
+    fn nft(rules: &str) -> bool {
+        let mut nft = Command::new("nft");
+        let nft = nft.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let Ok(mut running) = nft.spawn() else { return false };
+        let written = running.stdin.take().is_some_and(|mut to| to.write_all(rules.as_bytes()).is_ok());
+        running.wait().is_ok_and(|status| status.success()) && written
+    }
+}
+
+impl Drop for Wall {
+    fn drop(&mut self) {
+        let removed = Self::nft(&format!("delete table {}\n", Self::TABLE));
+        assert!(
+            removed || std::thread::panicking(),
+            "packets are dropped for good: nft delete table {}",
+            Self::TABLE
+        );
+    }
+}
+
+/// Says whether this machine lets us drop packets (nftables, as root).
+pub fn may_drop_packets() -> bool {
+    Wall::build(1).is_some()
 }
 
 impl Injection {
-    /// Derives the next one. Half of them are kills of roles; brokers get a sixth.
-    pub fn draw(random: &mut Random, has_server: bool) -> Self {
-        let stages: [&'static str; 5] =
-            ["evaluate_rules", "update_twin", "bridge_data", "load_warehouse", "project_twins"];
+    /// Derives the next one. Half of them are kills of roles; brokers get a sixth. Which ones are possible is
+    /// for the machine and the store: packets are dropped only where that is permitted.
+    pub fn draw(random: &mut Random, has_server: bool, may_drop: bool) -> Self {
         let any = |random: &mut Random| ROLES[(random.draw() % ROLES.len() as u64) as usize];
-        let stage = |random: &mut Random| stages[(random.draw() % stages.len() as u64) as usize];
-        match random.draw() % 24 {
+        let stage = |random: &mut Random| STAGES[(random.draw() % STAGES.len() as u64) as usize];
+        match random.draw() % 26 {
             0..12 => Self::KillRole(any(random)),
             12..14 => Self::HangRole(any(random), random.pause(500, 9_000)),
             14..16 => Self::JoinAndLeave(stage(random), random.pause(2_000, 8_000)),
@@ -65,6 +122,9 @@ impl Injection {
             18..21 => Self::HangKafka(random.pause(500, 12_000)),
             21 if has_server => Self::KillDatabase(random.pause(0, 4_000)),
             22 if has_server => Self::HangDatabase(random.pause(500, 12_000)),
+            23 if may_drop => Self::DropPackets(Link::Kafka, random.pause(500, 12_000)),
+            24 if may_drop => Self::DropPackets(Link::Mqtt, random.pause(500, 12_000)),
+            25 if may_drop && has_server => Self::DropPackets(Link::Database, random.pause(500, 12_000)),
             _ => Self::RegistryAway(random.pause(500, 6_000)),
         }
     }
@@ -80,6 +140,7 @@ impl Injection {
             Self::KillDatabase(_) => "kill database".to_owned(),
             Self::HangDatabase(_) => "hang database".to_owned(),
             Self::RegistryAway(_) => "registry away".to_owned(),
+            Self::DropPackets(link, _) => format!("drop packets of {link:?}").to_lowercase(),
         }
     }
 
@@ -130,29 +191,123 @@ impl Injection {
                 std::thread::sleep(pause);
                 cluster.set_registry(false);
             }
+            Self::DropPackets(link, pause) => {
+                let port = match link {
+                    Link::Kafka => cluster.kafka.port(),
+                    Link::Database => database.expect("drawn only where there is a server").port(),
+                    Link::Mqtt => cluster.mqtt_port().parse().expect("a port is a number"),
+                };
+                let wall = Wall::build(port).expect("packets can be dropped here");
+                std::thread::sleep(pause);
+                drop(wall);
+            }
         }
     }
 }
 
-/// Injects faults until `end`, telling each to `tell`, and returns how often each was done.
-///
-/// # Panics
-/// As [`Injection::carry_out`].
-pub fn inject_until(
-    end: Instant,
-    random: &mut Random,
-    cluster: &mut Cluster,
-    mut database: Option<&mut ManagedPostgres>,
-    mut tell: impl FnMut(&Injection),
-) -> BTreeMap<String, u64> {
-    let mut counts = BTreeMap::new();
-    while Instant::now() < end {
-        // Some faults meet a platform that still recovers from the one before.
-        std::thread::sleep(random.pause(300, 4_000));
-        let injection = Injection::draw(random, database.is_some());
-        tell(&injection);
-        injection.carry_out(cluster, database.as_deref_mut());
-        *counts.entry(injection.name()).or_default() += 1;
+/// What a run does to the platform.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// Faults derived from a seed for so many minutes.
+    Seed(u64, u64),
+    /// PostgreSQL is down for ten minutes.
+    DatabaseDown,
+    /// Instances of stages come and go for ten minutes.
+    RebalanceStorm,
+    /// Kafka's packets are dropped for three minutes, which is longer than any time-out of a request.
+    KafkaUnreachable,
+}
+
+impl Plan {
+    /// Reads a seed or the name of a plan.
+    pub fn parse(text: &str, minutes: u64) -> Option<Self> {
+        match text {
+            "database_down" => Some(Self::DatabaseDown),
+            "rebalance_storm" => Some(Self::RebalanceStorm),
+            "kafka_unreachable" => Some(Self::KafkaUnreachable),
+            seed => Some(Self::Seed(seed.parse().ok()?, minutes)),
+        }
     }
-    counts
+
+    /// Returns what the journal calls it.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Seed(seed, _) => seed.to_string(),
+            Self::DatabaseDown => "database_down".to_owned(),
+            Self::RebalanceStorm => "rebalance_storm".to_owned(),
+            Self::KafkaUnreachable => "kafka_unreachable".to_owned(),
+        }
+    }
+
+    /// Returns the seed of its load and its choices.
+    pub fn seed(&self) -> u64 {
+        match self {
+            Self::Seed(seed, _) => *seed,
+            Self::DatabaseDown => 1_000,
+            Self::RebalanceStorm => 1_002,
+            Self::KafkaUnreachable => 1_004,
+        }
+    }
+
+    /// Returns how long the load lasts at least.
+    pub fn time(&self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Seed(_, minutes) => 60 * minutes,
+            Self::DatabaseDown | Self::RebalanceStorm => 640,
+            Self::KafkaUnreachable => 240,
+        })
+    }
+
+    /// Says whether it loads PostgreSQL; SQLite otherwise.
+    pub fn has_server(&self) -> bool {
+        self.seed().is_multiple_of(2)
+    }
+
+    /// Does it all, starting again what crashed, telling each fault to `tell`, and returns how often each was
+    /// done.
+    ///
+    /// # Panics
+    /// As [`Injection::carry_out`], and where packets must be dropped and cannot be.
+    pub fn carry_out(
+        &self,
+        cluster: &mut Cluster,
+        mut database: Option<&mut ManagedPostgres>,
+        mut tell: impl FnMut(&Injection),
+    ) -> BTreeMap<String, u64> {
+        let mut counts = BTreeMap::new();
+        let mut random = Random(self.seed());
+        let may_drop = may_drop_packets();
+        let mut inject = |injection: Injection, cluster: &mut Cluster| {
+            tell(&injection);
+            injection.carry_out(cluster, database.as_deref_mut());
+            cluster.start_what_crashed();
+            *counts.entry(injection.name()).or_default() += 1;
+        };
+        let end = Instant::now() + self.time();
+        match self {
+            Self::Seed(..) => {
+                while Instant::now() < end {
+                    // Some faults meet a platform that still recovers from the one before.
+                    std::thread::sleep(random.pause(300, 4_000));
+                    inject(Injection::draw(&mut random, self.has_server(), may_drop), cluster);
+                }
+            }
+            Self::DatabaseDown => {
+                std::thread::sleep(Duration::from_secs(10));
+                inject(Injection::KillDatabase(Duration::from_secs(600)), cluster);
+            }
+            Self::RebalanceStorm => {
+                while Instant::now() < end {
+                    std::thread::sleep(random.pause(100, 800));
+                    let role = STAGES[(random.draw() % STAGES.len() as u64) as usize];
+                    inject(Injection::JoinAndLeave(role, random.pause(300, 2_500)), cluster);
+                }
+            }
+            Self::KafkaUnreachable => {
+                std::thread::sleep(Duration::from_secs(10));
+                inject(Injection::DropPackets(Link::Kafka, Duration::from_secs(180)), cluster);
+            }
+        }
+        counts
+    }
 }

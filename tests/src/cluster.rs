@@ -32,6 +32,7 @@ pub struct Cluster {
     mqtt_port: u16,
     settings: Vec<(String, String)>,
     directory: tempfile::TempDir,
+    crashes: u64,
 }
 
 struct Role {
@@ -76,6 +77,7 @@ impl Cluster {
             mqtt_port,
             settings: settings.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect(),
             directory,
+            crashes: 0,
         };
         let applied = cluster.command(&["topics", "apply"]);
         assert!(applied.status.success(), "topics apply: {}", said(&applied));
@@ -137,8 +139,14 @@ impl Cluster {
             let name = &role.name;
             assert_eq!(status.signal(), Some(SIGSEGV), "{name} ended: {status}\n{}", role.process.output());
             eprintln!("{name} met SIGSEGV and is started again");
+            self.crashes += 1;
             self.start_again(index);
         }
+    }
+
+    /// Returns how many processes [`Cluster::start_what_crashed`] had to start.
+    pub fn crashes(&self) -> u64 {
+        self.crashes
     }
 
     fn start_again(&mut self, index: usize) {

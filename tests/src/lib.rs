@@ -18,13 +18,13 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the root").to_owned()
 }
 
-/// Returns the `throughline` binary that was built beside this test, or the one that `THROUGHLINE_BINARY`
+/// Returns the `throughline` binary that was built beside this test, or the one that `PLATFORM_BINARY`
 /// names: long runs take the release build.
 ///
 /// # Panics
 /// When it was not built: `cargo build --workspace` comes first, as in the Makefile.
 pub fn binary() -> PathBuf {
-    if let Some(binary) = std::env::var_os("THROUGHLINE_BINARY") {
+    if let Some(binary) = std::env::var_os("PLATFORM_BINARY") {
         return binary.into();
     }
     let test = std::env::current_exe().expect("a test knows its own path");
