@@ -165,6 +165,23 @@ impl Cluster {
         role.process.signal(signal);
     }
 
+    /// Ends a role's first process with SIGKILL.
+    ///
+    /// # Panics
+    /// When there is no such role.
+    pub fn kill(&mut self, name: &str) {
+        let index = self.roles.iter().position(|role| role.name == name);
+        self.roles.remove(index.expect("the role runs")).process.kill();
+    }
+
+    /// Returns what the first process of a role has said.
+    ///
+    /// # Panics
+    /// When there is no such role.
+    pub fn output(&self, name: &str) -> String {
+        self.roles.iter().find(|role| role.name == name).expect("the role runs").process.output()
+    }
+
     /// Ends one instance of a role with SIGTERM and asserts that it drains.
     ///
     /// # Panics

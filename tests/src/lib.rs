@@ -284,6 +284,17 @@ pub fn succeed(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Returns what a query finds in a SQLite database, a line a row.
+///
+/// # Panics
+/// When the query fails.
+pub fn sqlite(url: &str, query: &str) -> String {
+    let path = url.trim_start_matches("sqlite:").trim_start_matches("//");
+    let script = "import sqlite3,sys\nfor r in sqlite3.connect('file:'+sys.argv[1]+'?mode=ro',uri=True)\
+                  .execute(sys.argv[2]): print(*r)";
+    succeed(python(), &["-c", script, path, query])
+}
+
 /// The load of a seed, published and checked by the programs in `tests/python`.
 pub struct Load {
     /// What the publishes are derived from; a failing test prints it.

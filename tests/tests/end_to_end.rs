@@ -6,7 +6,7 @@ use std::time::Duration;
 use throughline_local::mosquitto::{ManagedMosquitto, MosquittoOptions};
 use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
 use throughline_local::scratch_dir;
-use throughline_tests::{Load, Platform, port_of, published, python, root, said, succeed, wait_for};
+use throughline_tests::{Load, Platform, port_of, published, python, root, said, sqlite, succeed, wait_for};
 
 /// Bounded generously; figures belong to the benchmarks.
 const SOON: Duration = Duration::from_secs(20);
@@ -64,13 +64,15 @@ fn one_reading_becomes_a_record_an_alert_a_twin_and_a_row() {
     assert!(twin.to_string().contains("91"), "{twin}");
 
     let rows = wait_for("the rows", SOON, || {
-        let rows =
-            sqlite(&platform, "SELECT name, number FROM reading WHERE device_id = 'pump-7' ORDER BY name");
+        let rows = sqlite(
+            platform.endpoint("database"),
+            "SELECT name, number FROM reading WHERE device_id = 'pump-7' ORDER BY name",
+        );
         (!rows.is_empty()).then_some(rows)
     });
     assert_eq!(rows.lines().count(), 3, "one row a measurement: {rows}");
     let alerts = wait_for("the alert's row", SOON, || {
-        let rows = sqlite(&platform, "SELECT rule_id, state, trace_id FROM alert");
+        let rows = sqlite(platform.endpoint("database"), "SELECT rule_id, state, trace_id FROM alert");
         (!rows.is_empty()).then_some(rows)
     });
     assert!(alerts.contains(&trace), "{alerts}");
@@ -81,13 +83,6 @@ fn one_reading_becomes_a_record_an_alert_a_twin_and_a_row() {
     }
     let by_sequence = platform.done(&["trace", "site-1/pump-7#1"]);
     assert!(by_sequence.contains(&trace), "{by_sequence}");
-}
-
-fn sqlite(platform: &Platform, query: &str) -> String {
-    let path =
-        platform.endpoint("database").trim_start_matches("sqlite:").trim_start_matches("//").to_owned();
-    let script = "import sqlite3,sys\nfor r in sqlite3.connect('file:'+sys.argv[1]+'?mode=ro',uri=True).execute(sys.argv[2]): print(*r)";
-    succeed(python(), &["-c", script, &path, query])
 }
 
 #[test]
