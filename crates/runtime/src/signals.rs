@@ -153,11 +153,30 @@ impl Signals {
         }
         let labels = [("stage", self.stage), ("topic", &*lane.source.topic)];
         let mut age = None;
+        if !lane.timings.is_empty() {
+            self.batches_committed(lane);
+        }
         for timing in &lane.timings {
             let Some(age_s) = timing.age_s else { continue };
             let n = timing.counts.iter().sum();
             age.get_or_insert_with(|| histogram(Metric::MessageAgeSeconds, &labels))
                 .observe_n(age_s + seconds_between(timing.done_at, now), n);
+        }
+    }
+
+    /// The same in OpenTelemetry's names for messaging clients.
+    fn batches_committed(&self, lane: &Lane) {
+        let destination = [
+            ("messaging_destination_name", &*lane.source.topic),
+            ("messaging_consumer_group_name", self.stage),
+        ];
+        let records = lane.timings.iter().flat_map(|timing| timing.counts).sum();
+        counter(Metric::MessagingClientConsumedMessages, &destination).add(records);
+        let [topic, group] = destination;
+        let labels = [("messaging_operation_name", "process"), topic, group];
+        let process = histogram(Metric::MessagingProcessDuration, &labels);
+        for timing in &lane.timings {
+            process.observe(timing.work_s);
         }
     }
 
