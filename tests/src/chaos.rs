@@ -68,19 +68,20 @@ pub enum Link {
 }
 
 /// Drops the packets of a port until it is dropped itself.
-struct Wall;
+struct Wall {
+    table: String,
+}
 
 impl Wall {
-    const TABLE: &str = "inet throughline_chaos";
-
     fn build(port: u16) -> Option<Self> {
-        let table = Self::TABLE;
+        // Named after the port, so that several runs at once leave each other's alone.
+        let table = format!("inet throughline_chaos_{port}");
         let rules = format!(
             "add table {table}\ndelete table {table}\nadd table {table}\n\
              add chain {table} drops {{ type filter hook input priority 0; }}\n\
              add rule {table} drops tcp dport {port} drop\nadd rule {table} drops tcp sport {port} drop\n"
         );
-        Self::nft(&rules).then_some(Self)
+        Self::nft(&rules).then_some(Self { table })
     }
 
     fn nft(rules: &str) -> bool {
@@ -94,11 +95,11 @@ impl Wall {
 
 impl Drop for Wall {
     fn drop(&mut self) {
-        let removed = Self::nft(&format!("delete table {}\n", Self::TABLE));
+        let removed = Self::nft(&format!("delete table {}\n", self.table));
         assert!(
             removed || std::thread::panicking(),
             "packets are dropped for good: nft delete table {}",
-            Self::TABLE
+            self.table
         );
     }
 }
