@@ -16,13 +16,45 @@ import paho.mqtt.client as mqtt
 from plan import Load
 
 
+class OrderedClient(mqtt.Client):
+    """Publishes nothing new until what is open was sent again after a reconnect.
+
+    paho sends a new publish as soon as there is a socket, before CONNACK and before its repeats, which changes
+    the order of a device's readings.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.resumed = threading.Condition()
+        self.is_resumed = False
+        self.on_disconnect = self.interrupted
+
+    def _handle_connack(self):
+        rc = super()._handle_connack()
+        with self.resumed:
+            self.is_resumed = True
+            self.resumed.notify_all()
+        return rc
+
+    def interrupted(self, *_):
+        with self.resumed:
+            self.is_resumed = False
+
+    def publish_in_order(self, topic, payload, deadline):
+        with self.resumed:
+            if self.resumed.wait_for(lambda: self.is_resumed, timeout=max(0, deadline - time.monotonic())):
+                self.publish(topic, payload, qos=1)
+                return True
+        return False
+
+
 class Lane:
     def __init__(self, args, load, lane):
         self.lane, self.lanes, self.load, self.args = lane, args.lanes, load, args
         self.acked, self.sent, self.connects = 0, 0, 0
         self.window = threading.Semaphore(args.window)
         self.done = threading.Event()
-        self.client = mqtt.Client(
+        self.client = OrderedClient(
             mqtt.CallbackAPIVersion.VERSION2,
             client_id=f"publisher-{load.seed}-{lane}",
             clean_session=False,
@@ -63,7 +95,8 @@ class Lane:
             while not self.window.acquire(timeout=1):
                 if time.monotonic() > deadline:
                     return
-            self.client.publish(message.topic, message.payload, qos=1)
+            if not self.client.publish_in_order(message.topic, message.payload, deadline):
+                return
             self.sent += 1
         while self.acked < self.sent and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -255,6 +255,12 @@ impl Cluster {
         self.directory.path()
     }
 
+    /// Leaves the directory of Kafka's data and of the logs for a person, and returns it.
+    pub fn keep_scratch(&mut self) -> PathBuf {
+        self.directory.disable_cleanup(true);
+        self.directory.path().to_owned()
+    }
+
     /// Returns the last lines of every role's log, for messages of failed assertions.
     pub fn logs(&self) -> String {
         let mut text = String::new();

@@ -1,6 +1,6 @@
 //! `make chaos`: long runs under faults, one a seed or plan, with a journal that is committed.
 //!
-//! One that the journal holds already is not run again, so that a run that was cut goes on where it
+//! One that the journal holds without differences is not run again, so that a run that was cut goes on where it
 //! stopped. docs/reliability.md is made of the journal after each.
 
 use serde_json::{Value, json};
@@ -67,6 +67,7 @@ fn run(plan: &Plan) -> Value {
         load.compare(&kafka, cluster.database(), &["--threshold", "90", "--redelivery", "--deadline", "240"]);
     if let Err(differences) = &compared {
         say(&format!("{differences}\nthe roles said:\n{}", cluster.logs()));
+        say(&format!("Kafka's data and the logs stay in {}", cluster.keep_scratch().display()));
     }
     let differences: Vec<String> = match compared {
         Ok(()) => Vec::new(),
@@ -89,6 +90,10 @@ fn run(plan: &Plan) -> Value {
         "differences": differences,
         "seconds": begun.elapsed().as_secs(),
     })
+}
+
+fn is_exact(entry: &Value) -> bool {
+    entry["differences"].as_array().is_some_and(Vec::is_empty)
 }
 
 fn commit() -> String {
@@ -142,7 +147,7 @@ fn report() {
     page.push_str(
         "\nRun it: `make chaos SEEDS=\"1 2 3\" MINUTES=5`, or with `database_down` (ten minutes), \
          `rebalance_storm` (ten minutes) or `kafka_unreachable` (three minutes) among the seeds. What the \
-         journal holds is not run again. Packets are dropped by nftables on the loopback device, where that \
+         journal holds without differences is not run again. Packets are dropped by nftables on the loopback device, where that \
          is permitted; elsewhere these faults are left out.\n",
     );
     std::fs::write(root().join("docs/reliability.md"), page).expect("the page can be written");
@@ -160,13 +165,13 @@ fn main() -> ExitCode {
     };
     let mut exact = true;
     for plan in plans {
-        if entries().iter().any(|entry| entry["plan"] == plan.name()) {
+        if entries().iter().any(|entry| entry["plan"] == plan.name() && is_exact(entry)) {
             say(&format!("{} is in the journal already", plan.name()));
             continue;
         }
         let entry = run(&plan);
         say(&entry.to_string());
-        exact &= entry["differences"].as_array().is_some_and(Vec::is_empty);
+        exact &= is_exact(&entry);
         append(&entry);
         report();
     }
