@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos sabotage lint setup-run setup-test setup-chaos
+.PHONY: help run test chaos sabotage fuzz lint setup-run setup-test setup-chaos
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,16 @@ chaos: setup-chaos ## Long runs under faults with the release build; SEEDS="1 2 
 
 sabotage: setup-test ## Show that the run under faults can fail: builds broken on purpose must be noticed
 	PATH="$(CURDIR)/target/venv/bin:$$PATH" scripts/sabotage
+
+TARGET ?= publish
+SECONDS ?= 60
+fuzz: ## Let a fuzzer look for inputs that break a parser; TARGET=publish SECONDS=60; the targets are in docs/fuzzing.md
+	@cargo +nightly --version >/dev/null 2>&1 || { echo "fuzzing needs a nightly compiler: rustup toolchain install nightly"; exit 1; }
+	@cargo +nightly fuzz --version >/dev/null 2>&1 || { echo "fuzzing needs cargo-fuzz: cargo install --locked cargo-fuzz"; exit 1; }
+	@test -f "fuzz/fuzz_targets/$(TARGET).rs" || { echo "no target '$(TARGET)'; there are:"; ls fuzz/fuzz_targets | sed 's/\.rs$$//'; exit 1; }
+	mkdir -p "fuzz/target/found/$(TARGET)"
+	cargo +nightly fuzz run --sanitizer none "$(TARGET)" "fuzz/target/found/$(TARGET)" "fuzz/corpus/$(TARGET)" -- \
+	  -max_total_time=$(SECONDS) -timeout=5 -rss_limit_mb=2048 -max_len=8192
 
 lint: ## Check format and lints
 	cargo fmt --all --check

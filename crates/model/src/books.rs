@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 /// Commit metadata is at most this long; Kafka's default bound (`offset.metadata.max.bytes`) is 4096.
 pub const METADATA_BYTES_MAX: usize = 1_024;
 const REASONS_MAX: usize = 16;
+/// The longest name of a volume; ours have 40 bytes at most.
+const VOLUME_BYTES_MAX: usize = 128;
 const VERSION: u32 = 1;
 
 /// Cumulative counts since the volume began.
@@ -103,7 +105,19 @@ impl Books {
     /// [`ForeignMetadata`]: a foreign tool moved the offset. An operator decides whether to adopt it.
     pub fn from_metadata(text: &str) -> Result<Self, ForeignMetadata> {
         let books: Option<Self> = serde_json::from_str(text).ok();
-        books.filter(|b| b.version == VERSION).ok_or_else(|| ForeignMetadata(text.chars().take(80).collect()))
+        books.filter(Self::is_ours).ok_or_else(|| ForeignMetadata(text.chars().take(80).collect()))
+    }
+
+    /// Says whether this build may go on with what was read: counts that cannot overflow, because no offset
+    /// is larger than 63 bits, and a volume that leaves room for the rest.
+    fn is_ours(&self) -> bool {
+        let counts = self.counts.iter().chain([&self.positions_without_record, &self.overtaken]);
+        let total = counts.chain(self.reasons.values()).chain([&self.other_reasons]);
+        let total = total.fold(0u128, |sum, n| sum + u128::from(*n));
+        self.version == VERSION
+            && total <= i64::MAX as u128
+            && self.volume.len() <= VOLUME_BYTES_MAX
+            && !self.volume.chars().any(char::is_control)
     }
 }
 
@@ -128,7 +142,17 @@ mod tests {
 
     #[test]
     fn an_offset_that_a_foreign_tool_committed_is_recognised() {
-        for text in ["", "{}", "hello", r#"{"v":2,"vol":"x","n":[0,0,0,0,0,0]}"#] {
+        for text in [
+            "",
+            "{}",
+            "hello",
+            r#"{"v":2,"vol":"x","n":[0,0,0,0,0,0]}"#,
+            // Counts that the next record would overflow, and a volume that would not leave room to commit.
+            r#"{"v":1,"vol":"x","n":[18446744073709551615,0,0,0,0,0]}"#,
+            r#"{"v":1,"vol":"x","n":[9223372036854775807,1,0,0,0,0]}"#,
+            r#"{"v":1,"vol":"x","n":[0,0,0,0,0,0],"why":{"a":9223372036854775807,"b":1}}"#,
+            &format!(r#"{{"v":1,"vol":"{}","n":[0,0,0,0,0,0]}}"#, "x".repeat(2_000)),
+        ] {
             assert!(Books::from_metadata(text).is_err(), "{text}");
         }
     }

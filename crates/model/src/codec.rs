@@ -7,6 +7,7 @@
 use crate::prune::Pruned;
 use serde::{Deserialize, Serialize};
 use serde_avro_fast::Schema;
+use serde_avro_fast::schema::{RegularType, SchemaError, SchemaKey, SchemaMut, SchemaNode};
 use serde_avro_fast::ser::SerializerConfig;
 use std::collections::HashMap;
 use std::sync::{Arc, RwLock};
@@ -169,7 +170,31 @@ pub fn framed_id(value: &[u8]) -> Result<u32, CodecError> {
 }
 
 fn parse(what: &str, json: &str) -> Result<Arc<Schema>, CodecError> {
-    let schema: Schema =
-        json.parse().map_err(|e| CodecError::Schema { what: what.to_owned(), why: format!("{e}") })?;
-    Ok(Arc::new(schema))
+    let refuse = |why: String| CodecError::Schema { what: what.to_owned(), why };
+    let schema: SchemaMut = json.parse().map_err(|e: SchemaError| refuse(e.to_string()))?;
+    if let Some(what) = schema.nodes().iter().find_map(|node| endless(&schema, node)) {
+        return Err(refuse(what.to_owned()));
+    }
+    schema.freeze().map(Arc::new).map_err(|e| refuse(e.to_string()))
+}
+
+/// Says why reading under a type might not end: a few bytes would announce a billion items of no bytes each,
+/// and records of nothing but two records of the same kind, and so on, are read twice as long at each level.
+fn endless(schema: &SchemaMut, node: &SchemaNode) -> Option<&'static str> {
+    // Records of empty records are refused themselves, so this need not look into them.
+    let is_empty = |key: SchemaKey| match schema.get(key).map(|node| &node.type_) {
+        Some(RegularType::Null) => true,
+        Some(RegularType::Fixed(fixed)) => fixed.size == 0,
+        Some(RegularType::Record(record)) => record.fields.is_empty(),
+        _ => false,
+    };
+    match &node.type_ {
+        RegularType::Array(array) if is_empty(array.items) => Some("the items of an array have no bytes"),
+        RegularType::Record(record) if !record.fields.is_empty() => record
+            .fields
+            .iter()
+            .all(|field| is_empty(field.type_))
+            .then_some("the fields of a record have no bytes"),
+        _ => None,
+    }
 }

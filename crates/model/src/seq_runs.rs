@@ -445,7 +445,7 @@ impl Stream {
             (Verdict::Reused, Some(at)) => {
                 let epoch = &mut self.epochs[at];
                 let next = Generation {
-                    generation: epoch.current.generation + 1,
+                    generation: epoch.current.generation.saturating_add(1),
                     began: ts,
                     after: epoch.current.newest_ts,
                     ..Generation::default()

@@ -202,6 +202,19 @@ fn a_value_that_does_not_read_is_the_datas_fault_and_says_why() {
 }
 
 #[test]
+fn a_schema_under_which_few_bytes_are_many_items_is_refused() {
+    let empty = r#"{"type":"record","name":"E","fields":[{"name":"n","type":"null"}]}"#;
+    let none = r#"{"type":"fixed","name":"F","size":0}"#;
+    for (items, refused) in [("\"null\"", true), (empty, true), (none, true), ("\"long\"", false)] {
+        let text = format!(
+            r#"{{"type":"record","name":"R","fields":[{{"name":"x","type":{{"type":"array","items":{items}}}}}]}}"#
+        );
+        let added = Codec::default().add(ID, &text);
+        assert_eq!(matches!(added, Err(CodecError::Schema { .. })), refused, "{items}: {added:?}");
+    }
+}
+
+#[test]
 fn arbitrary_bytes_never_panic_the_reader() {
     for subject in subjects() {
         let (codec, schema) = codec_of(&subject);

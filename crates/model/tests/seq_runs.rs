@@ -373,3 +373,14 @@ proptest! {
         check_bounds(&streams);
     }
 }
+
+#[test]
+fn the_largest_generation_of_a_changelog_overflows_nothing() {
+    let text = format!(
+        r#"[{{"stream":"telemetry","epochs":[{{"epoch":1,"gen":{max},"runs":[[5,5]],"newest_ts":1}}]}}]"#,
+        max = i64::MAX
+    );
+    let mut streams: Streams = serde_json::from_str(&text).expect("a state");
+    let admission = admit(&mut streams, 1, 5, Some(2));
+    assert!(matches!(admission, Admission::EpochReused { position, .. } if position.generation == i64::MAX));
+}

@@ -270,18 +270,20 @@ impl<'a> Json<'a> {
     }
 
     fn escape(&mut self) -> Read<char> {
-        let byte = self.text.as_bytes().get(self.at).copied();
+        let Some(byte) = self.text.as_bytes().get(self.at).copied() else {
+            return Err(self.fault("a string is not closed"));
+        };
         self.at += 1;
         Ok(match byte {
-            Some(b'"') => '"',
-            Some(b'\\') => '\\',
-            Some(b'/') => '/',
-            Some(b'b') => '\u{8}',
-            Some(b'f') => '\u{c}',
-            Some(b'n') => '\n',
-            Some(b'r') => '\r',
-            Some(b't') => '\t',
-            Some(b'u') => return self.unicode_escape(),
+            b'"' => '"',
+            b'\\' => '\\',
+            b'/' => '/',
+            b'b' => '\u{8}',
+            b'f' => '\u{c}',
+            b'n' => '\n',
+            b'r' => '\r',
+            b't' => '\t',
+            b'u' => return self.unicode_escape(),
             _ => return Err(self.fault("this escape does not exist")),
         })
     }
@@ -383,6 +385,7 @@ mod tests {
             ("1.", 2, "after the point"),
             ("\"\\ud800x\"", 7, "surrogate"),
             ("\"a\nb\"", 2, "control character"),
+            ("\"\\", 2, "not closed"),
             ("1 2", 2, "something follows"),
         ] {
             let mut json = Json::new(text);

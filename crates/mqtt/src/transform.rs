@@ -6,7 +6,7 @@ use crate::feeds::{Feed, Form, Publish, Reject, Router, native};
 use crate::json::Json;
 use crate::message::{Message, write_hex};
 use crate::random::Random;
-use crate::values::Values;
+use crate::values::{TEXT_BYTES_MAX, Values};
 use std::sync::Arc;
 use throughline_model::codec::Codec;
 use throughline_model::envelope::{Enveloped, IDENTITY_NONE, IDENTITY_SEQUENCE, Locator, flag};
@@ -15,6 +15,10 @@ use throughline_model::record::Outbox;
 use throughline_model::time::Timestamp;
 use throughline_model::topics::SERVICE_PLATFORM_LOCATOR_V1;
 use uuid::Uuid;
+
+/// The records of one message together. A list of the shortest readings that fits the largest packet becomes
+/// less; more is a payload made to fill memory, and is dead-lettered.
+pub const RECORDS_BYTES_MAX: usize = 8 << 20;
 
 /// What a client may publish as.
 #[derive(Clone, Copy, Debug, Default)]
@@ -328,6 +332,10 @@ impl Writer {
         values: &Values,
         replay: Option<&Replay<'_>>,
     ) -> Result<(), Reject> {
+        if values.is_too_large() {
+            let message = format!("names and texts of the values have more than {TEXT_BYTES_MAX} bytes");
+            return Err(Reject::new("values_too_large", message));
+        }
         self.key.clear();
         self.key.push_str(reading.site);
         self.key.push('/');
@@ -390,6 +398,10 @@ impl Writer {
             .map_err(|e| Reject::new(e.code(), e.to_string()))?;
         if outside.is_some() {
             self.locate(feed, publish, reading, id)?;
+        }
+        if self.out.bytes_held() > RECORDS_BYTES_MAX {
+            let message = format!("the records of the message have more than {RECORDS_BYTES_MAX} bytes");
+            return Err(Reject::new("records_too_large", message));
         }
         Ok(())
     }

@@ -4,6 +4,11 @@ use crate::json::{DEPTH_MAX, Json, JsonFault, Token};
 use serde::ser::{Serialize, SerializeSeq, SerializeStruct, Serializer};
 use std::collections::BTreeMap;
 
+/// The names and texts of one record together: what Kafka takes of a record by default. The name of a nested
+/// value repeats the names above it, so that a short payload could otherwise ask for any amount of memory: a
+/// key of half of it above a list of ones has names of a quarter of its square.
+pub const TEXT_BYTES_MAX: usize = 1 << 20;
+
 /// Integers of a larger magnitude do not survive as a double.
 pub const EXACT_INTEGER_MAX: u64 = 1 << 53;
 
@@ -35,6 +40,7 @@ pub struct Values {
     items: Vec<Item>,
     path: String,
     big_integer: bool,
+    too_large: bool,
 }
 
 /// A value that cannot be a measurement.
@@ -75,6 +81,13 @@ impl Values {
         self.items.clear();
         self.path.clear();
         self.big_integer = false;
+        self.too_large = false;
+    }
+
+    /// Says whether the measurements have more than [`TEXT_BYTES_MAX`] of text; those beyond it were left
+    /// out, so the record must not be written.
+    pub const fn is_too_large(&self) -> bool {
+        self.too_large
     }
 
     /// Says whether an integer beyond 2^53 was kept as text.
@@ -93,6 +106,10 @@ impl Values {
     }
 
     fn push(&mut self, scalar: Scalar) {
+        if self.text.len() + self.path.len() > TEXT_BYTES_MAX {
+            self.too_large = true;
+            return;
+        }
         let start = self.text.len() as u32;
         self.text.push_str(&self.path);
         let name = Span { start, end: self.text.len() as u32 };
@@ -139,6 +156,10 @@ impl Values {
 
     /// Adds a text under the current name.
     pub fn push_text(&mut self, text: &str) {
+        if self.text.len() + text.len() > TEXT_BYTES_MAX {
+            self.too_large = true;
+            return;
+        }
         let span = self.span(text);
         self.push(Scalar::Text(span));
     }
@@ -301,5 +322,17 @@ mod tests {
             assert_eq!(flattened(json), format!("[{expected}]"), "{json}");
         }
         assert_eq!(flattened(r#"{"x":1e999}"#), "number_out_of_range");
+    }
+
+    #[test]
+    fn names_that_repeat_a_long_one_are_bounded() {
+        let json = format!(r#"{{"{}":[{}1]}}"#, "k".repeat(100_000), "1,".repeat(50_000));
+        let mut values = Values::default();
+        values.flatten(&mut Json::new(&json), 0).expect("JSON");
+        assert!(values.is_too_large());
+        assert!(values.text.len() <= TEXT_BYTES_MAX, "{} bytes", values.text.len());
+        values.clear();
+        values.flatten(&mut Json::new(r#"{"t":1}"#), 0).expect("JSON");
+        assert!(!values.is_too_large());
     }
 }

@@ -451,6 +451,7 @@ fn check(config: &Config) -> Result<(), CliError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn env(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
         pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
@@ -486,5 +487,20 @@ mod tests {
         assert_eq!(config.kafka.properties.get("security.protocol").map(String::as_str), Some("SSL"));
         let error = layer(None, None, &env(&[("THROUGHLINE_MQTT__WORKERS", "many")])).expect_err("no number");
         assert!(error.to_string().contains("whole number"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn configuration_of_any_form_is_read_or_refused(
+            file in prop_oneof![
+                any::<String>(),
+                "(\\[(kafka|mqtt|stages|registry)\\]\n)?[a-z_]{1,12} ?= ?(\"[a-z]{0,4}\"|-?[0-9]{1,20}|\\[+|\\{+|true)\n",
+            ],
+            key in "THROUGHLINE_(KAFKA|MQTT|STAGES|__)?[A-Z_]{0,24}",
+            value in "\\PC{0,24}",
+        ) {
+            let refused = layer(None, Some(("t.toml", &file)), &env(&[(&key, &value)])).err();
+            prop_assert!(refused.is_none_or(|e| e.to_string().len() <= 4 * file.len() + 4_096));
+        }
     }
 }

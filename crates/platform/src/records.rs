@@ -114,6 +114,7 @@ pub fn point_in_time(text: &str, now: Timestamp) -> Result<Timestamp, CliError> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn points_in_time_are_absolute_or_before_now() {
@@ -123,6 +124,21 @@ mod tests {
         }
         for text in ["", "m", "yesterday", "10", "µ"] {
             assert!(point_in_time(text, now).is_err(), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn headers_and_points_in_time_of_any_form_are_shown_or_refused(
+            name in prop::sample::select(vec!["kafka_dlt-original-offset", "kafka_dlt-original-partition", "tl-x"]),
+            value in prop::collection::vec(any::<u8>(), 0..12),
+            text in "\\PC{0,4}[0-9]{0,20}[smhdµ]?",
+        ) {
+            prop_assert!(!header(name, &value).is_null());
+            let now = Timestamp(1_000_000_000_000_000);
+            if let Ok(time) = point_in_time(&text, now) {
+                prop_assert!(time <= now || text.contains('-'), "{}", text);
+            }
         }
     }
 

@@ -149,8 +149,12 @@ impl State {
             );
             return Err(ApiError::new(409, 409, message));
         }
-        let id = known_id.unwrap_or_else(|| self.schemas.last_key_value().map_or(1, |(last, _)| last + 1));
-        let version = versions.and_then(|versions| versions.last_key_value()).map_or(1, |(last, _)| last + 1);
+        let used_up =
+            || ApiError::store("the largest number is in use: the topic holds what no registry wrote");
+        let next_id = || self.schemas.last_key_value().map_or(Some(1), |(last, _)| last.checked_add(1));
+        let id = known_id.or_else(next_id).ok_or_else(used_up)?;
+        let latest = versions.and_then(|versions| versions.last_key_value());
+        let version = latest.map_or(Some(1), |(last, _)| last.checked_add(1)).ok_or_else(used_up)?;
         let value =
             SchemaValue { subject: subject.to_owned(), version, id, schema: text.to_owned(), deleted: false };
         let value = serde_json::to_vec(&value).expect("strings and numbers always serialise");
@@ -292,6 +296,7 @@ fn canonical(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const A: &str = r#"{"type":"record","name":"R","fields":[{"name":"a","type":"long"}]}"#;
     const A_SPACED: &str =
@@ -362,6 +367,35 @@ mod tests {
         let gone = r#"{"subject":"s","version":1,"id":1,"schema":"\"long\"","deleted":true}"#;
         state.apply(&Key::schema("s", 1).to_bytes(), Some(gone.as_bytes()));
         assert_eq!(state.versions("s"), Err(ApiError::no_subject("s")));
+    }
+
+    #[test]
+    fn the_largest_id_of_another_registry_leaves_none_and_overflows_nothing() {
+        let mut state = State::default();
+        let key = Key::schema("s", u32::MAX).to_bytes();
+        let value = format!(r#"{{"subject":"s","version":1,"id":{},"schema":"\"long\""}}"#, u32::MAX);
+        state.apply(&key, Some(value.as_bytes()));
+        assert_eq!(state.plan_register("t", A).map(drop).unwrap_err().code, 50001);
+    }
+
+    proptest! {
+        #[test]
+        fn records_of_any_form_are_taken_or_left_out(
+            key in prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..60),
+                "\\{\"keytype\":\"(SCHEMA|CONFIG|MODE)\",\"subject\":(null|\"s\"),\"version\":-?[0-9]{1,11},\"magic\":[01]\\}"
+                    .prop_map(String::into_bytes),
+            ],
+            value in prop::option::of(prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..60),
+                "\\{\"subject\":\"s\",\"version\":1,\"id\":[0-9]{1,10},\"schema\":\"[\\[{a-z]{0,8}\"\\}".prop_map(String::into_bytes),
+                "\\{\"compatibilityLevel\":\"(NONE|FULL|[A-Z]{4})\"\\}".prop_map(String::into_bytes),
+            ]),
+        ) {
+            let mut state = State::default();
+            state.apply(&key, value.as_deref());
+            let _ = (state.versions("s"), state.lookup("s", A), state.plan_register("s", A).is_ok());
+        }
     }
 
     #[test]

@@ -55,6 +55,22 @@ impl<'de> Deserialize<'de> for Recent {
         let text = String::deserialize(from)?;
         let bytes = STANDARD_NO_PAD.decode(text).map_err(D::Error::custom)?;
         let hashes = bytes.chunks_exact(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
-        Ok(Self(hashes.collect()))
+        // What was written with a larger bound must not stay beyond this one for ever.
+        let beyond = hashes.len().saturating_sub(RECENT_MAX);
+        Ok(Self(hashes.skip(beyond).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_beyond_the_bound_are_forgotten_when_they_are_read() {
+        let text = STANDARD_NO_PAD.encode(vec![7u8; 4 * RECENT_MAX + 4]);
+        let mut recent: Recent = serde_json::from_value(text.into()).expect("hashes");
+        assert_eq!(recent.0.len(), RECENT_MAX);
+        recent.push(1);
+        assert_eq!(recent.0.len(), RECENT_MAX);
     }
 }

@@ -18,6 +18,9 @@ use throughline_model::time::Timestamp;
 /// Streams of the native form in which a message without `values` means nothing.
 const STREAMS_OF_VALUES: [&str; 2] = ["telemetry", "reported"];
 
+/// How much of what was wrong with a message is kept.
+const MESSAGE_BYTES_MAX: usize = 1_024;
+
 /// One message as it came in.
 #[derive(Clone, Copy, Debug)]
 pub struct Publish<'a> {
@@ -48,8 +51,14 @@ pub struct Reject {
 }
 
 impl Reject {
-    /// Makes a rejection.
-    pub const fn new(code: &'static str, message: String) -> Self {
+    /// Makes a rejection. Of a long message only the beginning is kept: it may quote the payload, and becomes
+    /// a header of the dead letter, which must fit where the payload did.
+    pub fn new(code: &'static str, mut message: String) -> Self {
+        if message.len() > MESSAGE_BYTES_MAX {
+            let end = message.floor_char_boundary(MESSAGE_BYTES_MAX);
+            message.truncate(end);
+            message.push('…');
+        }
         Self { code, message }
     }
 
@@ -260,6 +269,13 @@ mod tests {
             let error = Router::of_feeds([("device.telemetry.v1", &feed)]).err().expect(toml).to_string();
             assert!(error.contains(why), "{toml}: {error}");
         }
+    }
+
+    #[test]
+    fn a_long_message_of_a_rejection_is_cut_between_characters() {
+        let reject = Reject::new("code", "ä".repeat(100_000) + "b");
+        assert!(reject.message.len() <= MESSAGE_BYTES_MAX + 3 && reject.message.ends_with("ä…"));
+        assert_eq!(Reject::new("code", "short".to_owned()).message, "short");
     }
 
     #[test]
