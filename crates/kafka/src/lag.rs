@@ -115,6 +115,8 @@ impl LagProbe {
     /// # Errors
     /// [`Failure::Dependency`].
     pub fn snapshot(&mut self) -> Result<LagSnapshot, Failure> {
+        // While no broker can be reached, librdkafka spins over questions about groups: do not ask.
+        self.admin.brokers()?;
         let listed = self.admin.groups()?;
         let states: HashMap<_, _> = listed.iter().map(|g| (g.group.as_str(), g.state.as_str())).collect();
         let names: Vec<&str> = listed.iter().map(|g| g.group.as_str()).collect();

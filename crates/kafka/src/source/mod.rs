@@ -516,9 +516,10 @@ impl Source for GroupSource {
                 self.wake.reset();
                 continue;
             }
-            let timed_out = Some(RDKafkaErrorCode::OperationTimedOut);
-            if found.as_ref().is_err_and(|e| e.rdkafka_error_code() == timed_out) {
-                self.count_unanswered("the group's coordinator does not answer this client");
+            if let Err(error) = &found {
+                self.count_unanswered(&format!(
+                    "the group's coordinator does not serve this client: {error}"
+                ));
             }
             let entries = found.map_err(|e| match e.rdkafka_error_code() {
                 // librdkafka itself asks again while they are unstable, and then says this.
