@@ -20,7 +20,7 @@ MINUTES ?= 5
 chaos: setup-chaos ## Long runs under faults with the release build; SEEDS="1 2 database_down" MINUTES=5; the journal is docs/reliability.jsonl
 	cargo build --release --locked --package throughline-platform
 	cargo build --locked --workspace --all-targets
-	PATH="$(CURDIR)/target/venv/bin:$$PATH" PLATFORM_BINARY="$(CURDIR)/target/release/throughline" \
+	PATH="$(CURDIR)/target/venv/bin:$$PATH" PLATFORM_BINARY="$(CURDIR)/target/release/throughline" PLATFORM_BUILD=release \
 	  target/debug/chaos $(MINUTES) $(SEEDS)
 
 sabotage: setup-test ## Show that the run under faults can fail: builds broken on purpose must be noticed

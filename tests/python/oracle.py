@@ -41,6 +41,7 @@ class Store:
 
 class Kafka:
     def __init__(self, bootstrap):
+        self.bootstrap = bootstrap
         self.admin = AdminClient({"bootstrap.servers": bootstrap})
         self.consumer = Consumer(
             {"bootstrap.servers": bootstrap, "group.id": "oracle", "enable.auto.commit": False,
@@ -77,13 +78,14 @@ class Kafka:
         """Sums of the outcome counters in the group's commit metadata, by topic.
 
         The client hands metadata over without its length, so that what follows it in memory may be no text:
-        then it is asked for again.
+        then it is asked for again, by a new client whose memory lies elsewhere.
         """
-        for _attempt in range(50):
+        for _attempt in range(200):
             try:
                 return self.books_as_read(group)
             except UnicodeDecodeError:
                 time.sleep(0.1)
+                self.admin = AdminClient({"bootstrap.servers": self.bootstrap})
         raise RuntimeError(f"the commit metadata of {group} could not be read as text")
 
     def books_as_read(self, group):

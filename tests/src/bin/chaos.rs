@@ -80,6 +80,7 @@ fn run(plan: &Plan) -> Value {
     json!({
         "plan": plan.name(),
         "commit": commit(),
+        "build": std::env::var("PLATFORM_BUILD").unwrap_or_else(|_| "dev".to_owned()),
         "store": if server.is_some() { "postgresql" } else { "sqlite" },
         "readings": load.readings,
         "sent": report["sent"],
@@ -112,13 +113,13 @@ fn report() {
     let entries = entries();
     let mut page = String::from(
         "# What was done to it, and what was lost\n\nMade by `make chaos` from docs/reliability.jsonl: one \
-         line a run, processes of their own for every role (release build), a real Kafka of one node, \
+         line a run, processes of their own for every role, a real Kafka of one node, \
          PostgreSQL or SQLite, faults under load: at random moments from a seed, or one that lasts. Afterwards \
          a program in Python that shares no code with the platform compares what was sent with Kafka, tables, \
          dead letters, alerts, twins and outcome counters. Differences must be 0. Crashes are processes that \
          SIGSEGV ended (librdkafka's issue 5280, see operations.md) and that were started again.\n\n\
-         | run | commit | store | readings | publishes acknowledged | faults | crashes | differences |\n\
-         |---|---|---|---|---|---|---|---|\n",
+         | run | commit | build | store | readings | publishes acknowledged | faults | crashes | differences |\n\
+         |---|---|---|---|---|---|---|---|---|\n",
     );
     let mut totals: BTreeMap<String, u64> = BTreeMap::new();
     for entry in &entries {
@@ -130,14 +131,16 @@ fn report() {
         let text = |name: &str| entry[name].as_str().map_or_else(|| entry[name].to_string(), str::to_owned);
         let differences = entry["differences"].as_array().map_or(0, Vec::len);
         page.push_str(&format!(
-            "| {} | {} | {} | {} | {} of {} | {faults} | {} | {differences} |\n",
+            "| {} | {} | {} | {} | {} | {} of {} | {faults} | {} | {differences}{} |\n",
             text("plan"),
             text("commit"),
+            text("build"),
             text("store"),
             text("readings"),
             text("acknowledged"),
             text("sent"),
             text("crashes"),
+            entry["note"].as_str().map(|note| format!(": {note}")).unwrap_or_default(),
         ));
     }
     page.push_str("\n| fault | times |\n|---|---|\n");
