@@ -16,8 +16,16 @@ use throughline_local::registry::EmbeddedRegistry;
 const SIGSEGV: i32 = 11;
 
 /// Every role of the platform.
-pub const ROLES: [&str; 7] =
-    ["bridge", "evaluate_rules", "update_twin", "bridge_data", "load_warehouse", "project_twins", "watch"];
+pub const ROLES: [&str; 8] = [
+    "bridge",
+    "evaluate_rules",
+    "update_twin",
+    "bridge_data",
+    "load_warehouse",
+    "project_twins",
+    "reprocess_dead_letters",
+    "watch",
+];
 
 /// Services and one process a role.
 pub struct Cluster {
@@ -40,6 +48,7 @@ struct Role {
     instance: String,
     starts: u32,
     process: Process,
+    http: u16,
 }
 
 impl Cluster {
@@ -89,8 +98,9 @@ impl Cluster {
 
     /// Starts a further instance of a role.
     pub fn add(&mut self, name: &str, instance: &str) {
-        let process = self.spawn(name, instance, 1);
-        self.roles.push(Role { name: name.to_owned(), instance: instance.to_owned(), starts: 1, process });
+        let (process, http) = self.spawn(name, instance, 1);
+        let (name, instance) = (name.to_owned(), instance.to_owned());
+        self.roles.push(Role { name, instance, starts: 1, process, http });
     }
 
     fn configure(&self, command: &mut Command) {
@@ -103,13 +113,13 @@ impl Cluster {
             .envs(self.settings.iter().map(|(name, value)| (name, value)));
     }
 
-    fn spawn(&self, name: &str, instance: &str, start: u32) -> Process {
+    fn spawn(&self, name: &str, instance: &str, start: u32) -> (Process, u16) {
         let port = ports::free().expect("a free port");
         let mut command = Command::new(binary());
         self.configure(&mut command);
         command.args(["run", name, "--instance", instance]);
         command.env("THROUGHLINE_HTTP__LISTEN", format!("127.0.0.1:{port}"));
-        Process::start(&mut command, self.log(name, instance, start))
+        (Process::start(&mut command, self.log(name, instance, start)), port)
     }
 
     fn log(&self, name: &str, instance: &str, start: u32) -> PathBuf {
@@ -153,7 +163,9 @@ impl Cluster {
         let role = &mut self.roles[index];
         role.starts += 1;
         let (name, instance, starts) = (role.name.clone(), role.instance.clone(), role.starts);
-        self.roles[index].process = self.spawn(&name, &instance, starts);
+        let (process, http) = self.spawn(&name, &instance, starts);
+        let role = &mut self.roles[index];
+        (role.process, role.http) = (process, http);
     }
 
     /// Sends a signal to the first process of a role.
@@ -261,7 +273,7 @@ impl Cluster {
         self.directory.path().to_owned()
     }
 
-    /// Returns the last lines of every role's log, for messages of failed assertions.
+    /// Returns the last lines of every role's log and its status, for messages of failed assertions.
     pub fn logs(&self) -> String {
         let mut text = String::new();
         for role in &self.roles {
@@ -272,7 +284,21 @@ impl Cluster {
                 text.push_str(line);
                 text.push('\n');
             }
+            text.push_str(&status(role.http).unwrap_or_else(|e| format!("no status: {e}")));
+            text.push('\n');
         }
         text
     }
+}
+
+/// Asks a role for `/v1/status`, without its partitions.
+fn status(port: u16) -> std::io::Result<String> {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"GET /v1/status HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let body = answer.split_once("\r\n\r\n").map_or(answer.as_str(), |(_, body)| body);
+    Ok(body.chars().take(6_000).collect())
 }

@@ -3,6 +3,7 @@
 //! - [`GroupSource`] reads partitions as a member of a group and never loses its place in it.
 //! - [`TransactionalProducer`] writes outputs, state and offsets in one transaction.
 //! - [`TopicReader`] reads tables (compacted topics) to the end they had when asked.
+//! - [`PartitionReader`] reads stretches of partitions, for dead letters that are replayed.
 //! - [`AckedProducer`] and [`IngressProducer`] write outside transactions.
 //! - [`RegistryClient`] speaks Confluent's schema registry API.
 //! - [`admin`], [`browse`] and [`lag`] serve operators: topics, groups, records, delays.
@@ -23,6 +24,7 @@ mod reader;
 mod registry;
 mod source;
 mod stall;
+mod stretch;
 mod tail;
 mod transactions;
 
@@ -32,4 +34,5 @@ pub use outlet::AckedProducer;
 pub use reader::TopicReader;
 pub use registry::{RegistryClient, RegistryConfig, RegistryError, SubjectVersion};
 pub use source::{BatchBounds, GroupSource, Membership};
+pub use stretch::PartitionReader;
 pub use transactions::TransactionalProducer;

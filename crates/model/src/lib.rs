@@ -7,6 +7,7 @@
 pub mod books;
 pub mod catalog;
 pub mod codec;
+pub mod dead_letter;
 pub mod envelope;
 pub mod ids;
 pub mod keyed;

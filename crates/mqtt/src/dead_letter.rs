@@ -3,6 +3,7 @@
 use crate::feeds::{Publish, Reject};
 use crate::transform::Scope;
 use std::sync::Arc;
+use throughline_model::dead_letter::header::{CODE, MESSAGE, STAGE as CONNECTOR};
 use throughline_model::record::{Headers, Outbox};
 use throughline_model::time::Timestamp;
 
@@ -22,15 +23,10 @@ pub const MQTT_USER: &str = "tl-mqtt-user";
 pub const SCOPE: &str = "tl-mqtt-scope";
 /// Header: the time of admission, RFC 3339.
 pub const RECEIVED_AT: &str = "tl-received-at";
-/// Header: the dead letter's own place, `topic/partition/offset`, kept through further failures.
-pub const ORIGIN: &str = "tl-bridge-origin";
 
-const CONNECTOR: &str = "__connect.errors.connector.name";
 const TASK: &str = "__connect.errors.task.id";
 const STAGE: &str = "__connect.errors.stage";
 const CLASS: &str = "__connect.errors.class.name";
-const EXCEPTION: &str = "__connect.errors.exception.class.name";
-const MESSAGE: &str = "__connect.errors.exception.message";
 
 /// Appends a dead letter.
 pub fn push(
@@ -53,7 +49,7 @@ pub fn push(
         (TASK, instance.as_bytes()),
         (STAGE, BRIDGE.as_bytes()),
         (CLASS, feed.as_bytes()),
-        (EXCEPTION, reject.code.as_bytes()),
+        (CODE, reject.code.as_bytes()),
         (MESSAGE, reject.message.as_bytes()),
     ];
     let scope =

@@ -1,13 +1,14 @@
 //! Replays of the bridge's dead letters: a decide stage that sends each through the same transform, so that
 //! a corrected feed gives it its ordinary path.
 
-use crate::dead_letter::{ORIGIN, Remembered};
+use crate::dead_letter::Remembered;
 use crate::feeds::{Publish, Router};
 use crate::transform::{Replay, Scope, Transformer, Verdict};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::catalog::BRIDGE_GROUP;
 use throughline_model::codec::{Codec, CodecError};
+use throughline_model::dead_letter::header::ORIGIN;
 use throughline_model::keyed::{Keyed, KeyedState};
 use throughline_model::outcome::Settled;
 use throughline_model::stage::{Decide, Effects, Input, Kind, StageSpec};

@@ -8,6 +8,7 @@ mod context;
 mod demo;
 mod failure;
 mod output;
+mod predict;
 mod process;
 mod records;
 mod roles;
@@ -46,7 +47,7 @@ enum Command {
     Trace(commands::trace::Args),
     /// Read a topic, decoded and filtered
     Tap(commands::tap::Args),
-    /// List, show and replay dead letters
+    /// List, show, replay and drop dead letters
     Dlq(commands::dlq::Args),
     /// List consumer groups with their books, and adopt offsets that a foreign tool moved
     Groups(commands::groups::Args),

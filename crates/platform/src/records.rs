@@ -2,6 +2,7 @@
 
 use crate::context::Context;
 use crate::failure::CliError;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use throughline_model::codec::framed_id;
 use throughline_model::record::{Outbox, Record};
@@ -25,13 +26,32 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The outer error when the registry cannot be asked.
     pub fn value(&mut self, value: Option<&[u8]>) -> Result<Result<Value, String>, CliError> {
+        self.read(value)
+    }
+
+    /// Reads a value; `Err` says why it does not read.
+    ///
+    /// # Errors
+    /// As [`Reader::value`].
+    pub fn read<T: DeserializeOwned>(&mut self, value: Option<&[u8]>) -> Result<Result<T, String>, CliError> {
+        self.learn(value)?;
+        Ok(self.context.codec.decode::<T>(value).map_err(|e| e.to_string()))
+    }
+
+    /// Fetches the schema that a value names, where it is not known yet. One that the registry does not know
+    /// or that is not Avro stays unknown.
+    ///
+    /// # Errors
+    /// As [`Reader::value`].
+    pub fn learn(&mut self, value: Option<&[u8]>) -> Result<(), CliError> {
         if let Some(Ok(id)) = value.map(framed_id)
             && !self.context.codec.knows(id)
             && let Some(schema) = self.registry.fetch(id)?
+            && let Err(e) = self.context.codec.add(id, &schema)
         {
-            self.context.codec.add(id, &schema).map_err(|e| CliError::failed(e.to_string()))?;
+            tracing::debug!(schema_id = id, "cannot use a schema of the registry: {e}");
         }
-        Ok(self.context.codec.decode::<Value>(value).map_err(|e| e.to_string()))
+        Ok(())
     }
 }
 
@@ -69,6 +89,18 @@ pub fn header(name: &str, value: &[u8]) -> Value {
     match std::str::from_utf8(value) {
         Ok(text) => text.into(),
         Err(_) => hex(value).into(),
+    }
+}
+
+/// Leaves out fields that say nothing: absent values and empty lists.
+pub fn brief(value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let says = |v: &Value| !v.is_null() && v.as_array().is_none_or(|list| !list.is_empty());
+            fields.iter().filter(|(_, v)| says(v)).map(|(k, v)| (k.clone(), brief(v))).collect()
+        }
+        Value::Array(items) => items.iter().map(brief).collect(),
+        other => other.clone(),
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::bridge;
 use crate::context::Context;
 use crate::failure::CliError;
+use crate::predict::{self, Prediction};
 use crate::watch;
 use base64::Engine;
 use std::collections::HashMap;
@@ -13,12 +14,17 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use throughline_kafka::admin::Admin;
 use throughline_kafka::{
-    AckedProducer, BatchBounds, GroupSource, KafkaConfig, TopicReader, TransactionalProducer,
+    AckedProducer, BatchBounds, GroupSource, KafkaConfig, PartitionReader, TopicReader, TransactionalProducer,
 };
 use throughline_model::catalog::replay_topic;
+use throughline_model::dead_letter;
+use throughline_model::record::Batch;
 use throughline_model::stage::{Decide, Load, StageSpec};
 use throughline_runtime::ports::Failure;
-use throughline_runtime::{DecidePorts, LoadPorts, LoopConfig, WallClock, run_decide, run_load};
+use throughline_runtime::{
+    DecidePorts, LoadPorts, LoopConfig, REPLAYS_MAX, ReprocessDeadLetters, WallClock, reprocess_spec,
+    run_decide, run_load,
+};
 use throughline_stages::bridge_data::BridgeData;
 use throughline_stages::evaluate_rules::EvaluateRules;
 use throughline_stages::load_warehouse::LoadWarehouse;
@@ -35,37 +41,54 @@ pub struct Role {
     /// What it reads and keeps, where it is a stage.
     pub spec: Option<fn() -> StageSpec>,
     run: fn(&Context, RoleHealth) -> Result<(), CliError>,
+    /// What would become of replays of one of its inputs now, where that can be told without doing it.
+    pub predict: Option<Predict>,
 }
+
+/// Says what would become of replays of a topic, one prediction a record; nothing is written.
+pub type Predict = fn(&Context, &str, &Batch) -> Result<Vec<Prediction>, CliError>;
 
 /// Every role. A stage's line names it, its specification and what runs it.
 pub const ROLES: &[Role] = &[
-    Role { name: "bridge", spec: None, run: bridge::run },
+    Role { name: "bridge", spec: None, run: bridge::run, predict: Some(predict::bridge) },
     Role {
         name: "evaluate_rules",
         spec: Some(|| EvaluateRules::new().spec().clone()),
         run: |context, health| decide(context, health, EvaluateRules::new()),
+        predict: Some(|context, topic, replays| {
+            predict::decide(context, EvaluateRules::new(), topic, replays)
+        }),
     },
     Role {
         name: "update_twin",
         spec: Some(|| UpdateTwin::default().spec().clone()),
         run: |context, health| decide(context, health, UpdateTwin::default()),
+        predict: Some(|context, topic, replays| {
+            predict::decide(context, UpdateTwin::default(), topic, replays)
+        }),
     },
     Role {
         name: "bridge_data",
         spec: Some(|| BridgeData::default().spec().clone()),
         run: |context, health| decide(context, health, BridgeData::default()),
+        predict: Some(|context, topic, replays| {
+            predict::decide(context, BridgeData::default(), topic, replays)
+        }),
     },
     Role {
         name: "load_warehouse",
         spec: Some(|| LoadWarehouse::new().spec().clone()),
         run: |context, health| load(context, health, LoadWarehouse::new()),
+        predict: Some(|context, topic, replays| predict::load(context, LoadWarehouse::new(), topic, replays)),
     },
     Role {
         name: "project_twins",
         spec: Some(|| ProjectTwins::new().spec().clone()),
         run: |context, health| load(context, health, ProjectTwins::new()),
+        predict: Some(|context, topic, replays| predict::load(context, ProjectTwins::new(), topic, replays)),
     },
-    Role { name: "watch", spec: None, run: watch::run },
+    Role { name: dead_letter::STAGE, spec: Some(reprocess_spec), run: reprocess, predict: None },
+    Role { name: "watch", spec: None, run: watch::run, predict: None },
 ];
 
 /// Returns what every stage reads and keeps: the catalog derives their topics from it.
@@ -150,6 +173,27 @@ fn loop_config(context: &Context) -> LoopConfig {
 
 /// Runs a decide stage on Kafka until the process shall end.
 pub fn decide<D: Decide>(context: &Context, health: RoleHealth, stage: D) -> Result<(), CliError> {
+    decide_with(context, health, stage, loop_config(context))
+}
+
+fn reprocess(context: &Context, health: RoleHealth) -> Result<(), CliError> {
+    let letters = PartitionReader::new(&context.kafka());
+    let stage = ReprocessDeadLetters::new(letters, Arc::new(WallClock), REPLAYS_MAX);
+    // Its timers are work that is due now, not times that its input could still say something about.
+    let config = LoopConfig {
+        tick_grace: Duration::ZERO,
+        poll_wait: Duration::from_millis(50),
+        ..loop_config(context)
+    };
+    decide_with(context, health, stage, config)
+}
+
+fn decide_with<D: Decide>(
+    context: &Context,
+    health: RoleHealth,
+    stage: D,
+    config: LoopConfig,
+) -> Result<(), CliError> {
     let spec = stage.spec().clone();
     let kafka = context.kafka();
     let topics = subscription(&spec, stage.reads_only_replays());
@@ -164,7 +208,7 @@ pub fn decide<D: Decide>(context: &Context, health: RoleHealth, stage: D) -> Res
         codec: Arc::clone(&context.codec),
         clock: Arc::new(WallClock),
     };
-    run_decide(stage, ports, loop_config(context), &context.shutdown, health)
+    run_decide(stage, ports, config, &context.shutdown, health)
         .map_err(|stopped| CliError::failed(stopped.to_string()))
 }
 

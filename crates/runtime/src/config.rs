@@ -5,6 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+/// A dead letter that was replayed this often is parked instead of being replayed once more: something is
+/// wrong that replays do not mend.
+pub const REPLAYS_MAX: u32 = 10;
+
 /// Bounds and intervals of a loop.
 #[derive(Clone, Debug)]
 pub struct LoopConfig {
@@ -39,7 +43,7 @@ impl Default for LoopConfig {
             retry_least: Duration::from_millis(100),
             retry_most: Duration::from_secs(10),
             tick_grace: Duration::from_millis(250),
-            replays_max: 10,
+            replays_max: REPLAYS_MAX,
         }
     }
 }

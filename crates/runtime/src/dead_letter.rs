@@ -2,6 +2,7 @@
 //! find the way back.
 
 use std::sync::Arc;
+use throughline_model::dead_letter::header::{CODE, MESSAGE, REPLAY_COUNT, REPLAY_ID, STAGE};
 use throughline_model::record::{Outbox, Record};
 
 const ORIGIN: [&str; 8] = [
@@ -15,15 +16,13 @@ const ORIGIN: [&str; 8] = [
     "kafka_dlt-original-timestamp",
 ];
 const ERROR: [&str; 6] = [
-    "__connect.errors.connector.name",
+    STAGE,
     "__connect.errors.task.id",
     "__connect.errors.stage",
     "__connect.errors.class.name",
-    "__connect.errors.exception.class.name",
-    "__connect.errors.exception.message",
+    CODE,
+    MESSAGE,
 ];
-const REPLAY_ID: &str = "tl-replay-id";
-const REPLAY_COUNT: &str = "tl-replay-count";
 
 /// Why a record is dead-lettered and where it was read.
 #[derive(Clone, Copy, Debug)]

@@ -13,6 +13,7 @@ mod decide;
 mod lane;
 mod load;
 pub mod ports;
+mod reprocess;
 mod sabotage;
 mod schemas;
 mod signals;
@@ -20,8 +21,9 @@ mod tables;
 mod timers;
 
 pub use clock::{Clock, WallClock};
-pub use config::{LoopConfig, Shutdown, Stopped};
+pub use config::{LoopConfig, REPLAYS_MAX, Shutdown, Stopped};
 pub use dead_letter::{Fault, push_dead_letter};
 pub use decide::{DecideLoop, DecidePorts, run_decide};
 pub use load::{LoadLoop, LoadPorts, run_load};
+pub use reprocess::{ReprocessDeadLetters, push_replay, reprocess_spec};
 pub use sabotage::Sabotage;

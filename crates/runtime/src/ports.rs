@@ -188,6 +188,37 @@ pub trait TableReader {
     fn follow(&mut self, topic: &str, each: &mut dyn FnMut(&Batch)) -> Result<(), Failure>;
 }
 
+/// What lies at a position of a partition, for a reader of committed data.
+#[derive(Debug)]
+pub enum Stretch<'a> {
+    /// Records from the position on, perhaps after some that lie before it.
+    Records(&'a Batch),
+    /// There is none before the end asked for.
+    End,
+    /// Nothing came yet.
+    Waiting,
+}
+
+/// A partition's number with its first position and its end.
+pub type Bounds = (i32, i64, i64);
+
+/// Reads stretches of partitions without being a member of a group: dead letters that are to be replayed.
+pub trait StretchReader: Send {
+    /// Returns the first position and the end of each partition of `topic`, or `None` where it does not
+    /// exist.
+    ///
+    /// # Errors
+    /// [`Failure::Dependency`] when Kafka cannot be asked.
+    fn bounds(&mut self, topic: &str) -> Result<Option<Vec<Bounds>>, Failure>;
+
+    /// Returns what lies in `[from, to)`, waiting for it only briefly. Whoever goes on where the records of
+    /// the call before ended reads without a seek.
+    ///
+    /// # Errors
+    /// [`Failure::Dependency`] when Kafka cannot be read.
+    fn read(&mut self, partition: &TopicPartition, from: i64, to: i64) -> Result<Stretch<'_>, Failure>;
+}
+
 /// Writes rows and advances offsets in one database transaction.
 pub trait Store {
     /// Returns the position of each partition from the database, which decides.

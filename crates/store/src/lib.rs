@@ -22,7 +22,7 @@ mod validate;
 pub use error::CODES;
 pub use incarnation::{AskIncarnation, Incarnation};
 pub use read::Table;
-pub use validate::{ID_BYTES_MAX, TEXT_BYTES_MAX};
+pub use validate::{ID_BYTES_MAX, TEXT_BYTES_MAX, validate};
 
 use crate::fold::{FoldedTwins, fold_alerts, fold_twins};
 use crate::incarnation::{other_incarnation, topic_id};

@@ -20,7 +20,7 @@ const TIME_RANGE: std::ops::RangeInclusive<i64> = -62_135_596_800_000_000..=253_
 ///
 /// # Errors
 /// [`Failure::Data`] that names table, row and column, never the value.
-pub(crate) fn validate(rows: &Rows) -> Result<(), Failure> {
+pub fn validate(rows: &Rows) -> Result<(), Failure> {
     check_all("reading", &rows.readings, reading)?;
     check_all("alert", &rows.alerts, alert)?;
     check_all("session", &rows.sessions, session)?;

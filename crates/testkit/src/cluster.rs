@@ -351,6 +351,10 @@ impl Inner {
         (records, at, true)
     }
 
+    pub(crate) fn has_topic(&self, topic: &str) -> bool {
+        self.topics.contains_key(topic)
+    }
+
     pub(crate) fn start_of(&mut self, topic: &str, partition: i32) -> i64 {
         self.log(topic, partition).start
     }

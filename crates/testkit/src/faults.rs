@@ -21,6 +21,7 @@ pub enum Point {
     Start,
     Restore,
     Follow,
+    Stretch,
     Schema,
     StorePositions,
     StoreBefore,

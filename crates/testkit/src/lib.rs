@@ -10,6 +10,7 @@ mod ports;
 pub mod scenario;
 mod source;
 mod store;
+mod stretches;
 
 pub use build::{codec, device_message, measurement, schema_of};
 pub use clock::FakeClock;
@@ -18,3 +19,4 @@ pub use faults::{Fault, Faults, KILLED, Point};
 pub use ports::{MemoryIngress, MemoryOutlet, MemorySchemas, MemoryTables, MemoryTransactions};
 pub use source::MemorySource;
 pub use store::{MemoryStore, StoredRows};
+pub use stretches::MemoryStretches;

@@ -11,8 +11,8 @@ use serde::de::DeserializeOwned;
 use std::collections::HashMap;
 use throughline_model::codec::{Codec, CodecError};
 use throughline_model::envelope::{
-    Alert, Command, DeviceMessage, Enveloped, IDENTITY_SEQUENCE, Locator, RuleRecord, Session, Twin,
-    TwinRequest, TwinResponse,
+    Alert, Command, DeadLetterProgress, DeadLetterRequest, DeviceMessage, Enveloped, IDENTITY_SEQUENCE,
+    Locator, RuleRecord, Session, Twin, TwinRequest, TwinResponse,
 };
 use throughline_model::seq_runs::Streams;
 use throughline_model::topics as t;
@@ -50,6 +50,8 @@ pub fn subjects() -> Vec<Subject> {
         subject::<Session>(t::DEVICE_SESSION_V1),
         subject::<Command>(t::DEVICE_COMMAND_V1),
         subject::<Alert>(t::SERVICE_PLATFORM_ALERT_V1),
+        subject::<DeadLetterRequest>(t::SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1),
+        subject::<DeadLetterProgress>(t::SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1),
         subject::<Locator>(t::SERVICE_PLATFORM_LOCATOR_V1),
         subject::<RuleRecord>(t::SERVICE_PLATFORM_RULE_V1),
         subject::<Twin>(t::SERVICE_PLATFORM_TWIN_V1),
@@ -145,6 +147,7 @@ fn value(schema: &Schema, names: &HashMap<String, Schema>) -> BoxedStrategy<Valu
         Schema::Boolean => any::<bool>().prop_map(Value::Boolean).boxed(),
         Schema::Long => any::<i64>().prop_map(Value::Long).boxed(),
         Schema::TimestampMicros => any::<i64>().prop_map(Value::TimestampMicros).boxed(),
+        Schema::Int => any::<i32>().prop_map(Value::Int).boxed(),
         Schema::Double => proptest::num::f64::ANY.prop_map(Value::Double).boxed(),
         Schema::String => text().prop_map(Value::String).boxed(),
         Schema::Uuid(_) => any::<u128>().prop_map(|n| Value::Uuid(uuid::Uuid::from_u128(n))).boxed(),

@@ -10,7 +10,8 @@ use std::time::Duration;
 /// Arguments of `run`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Roles: bridge, evaluate_rules, update_twin, bridge_data, load_warehouse, project_twins, watch
+    /// Roles: bridge, evaluate_rules, update_twin, bridge_data, load_warehouse, project_twins,
+    /// reprocess_dead_letters, watch
     #[arg(required = true)]
     roles: Vec<String>,
 }

@@ -4,7 +4,7 @@ use crate::config::Flags;
 use crate::context::Context;
 use crate::failure::{CliError, Exit};
 use crate::output;
-use crate::records::{Reader, place, point_in_time};
+use crate::records::{Reader, brief, place, point_in_time};
 use serde_json::Value;
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -136,16 +136,4 @@ fn print(flags: &Flags, topic: &str, partition: i32, record: &Record<'_>, value:
         Err(why) => format!("[{why}] {}", record.value.map(String::from_utf8_lossy).unwrap_or_default()),
     };
     output::line(&format!("{} {partition}/{} {key} {text}", record.time, record.offset));
-}
-
-/// Leaves out fields that say nothing: absent values and empty lists.
-fn brief(value: &Value) -> Value {
-    match value {
-        Value::Object(fields) => {
-            let says = |v: &Value| !v.is_null() && v.as_array().is_none_or(|list| !list.is_empty());
-            fields.iter().filter(|(_, v)| says(v)).map(|(k, v)| (k.clone(), brief(v))).collect()
-        }
-        Value::Array(items) => items.iter().map(brief).collect(),
-        other => other.clone(),
-    }
 }

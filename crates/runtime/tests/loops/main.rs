@@ -5,3 +5,4 @@ mod common;
 mod decide;
 mod exactly_once;
 mod load;
+mod reprocess;

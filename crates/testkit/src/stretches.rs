@@ -1,0 +1,44 @@
+//! The in-memory cluster as a reader of stretches.
+
+use crate::cluster::{MemoryCluster, to_batch};
+use crate::faults::Point;
+use throughline_model::record::{Batch, TopicPartition};
+use throughline_runtime::ports::{Bounds, Failure, Stretch, StretchReader};
+
+/// Reads stretches of partitions, a few records at a time.
+pub struct MemoryStretches {
+    cluster: MemoryCluster,
+    batch_max: usize,
+    batch: Option<Batch>,
+}
+
+impl MemoryStretches {
+    /// Makes a reader of `cluster` that passes at most `batch_max` records a call.
+    pub fn new(cluster: &MemoryCluster, batch_max: usize) -> Self {
+        Self { cluster: cluster.clone(), batch_max, batch: None }
+    }
+}
+
+impl StretchReader for MemoryStretches {
+    fn bounds(&mut self, topic: &str) -> Result<Option<Vec<Bounds>>, Failure> {
+        self.cluster.faults().pass(Point::Stretch)?;
+        let mut inner = self.cluster.lock();
+        if !inner.has_topic(topic) {
+            return Ok(None);
+        }
+        let partitions = inner.partitions(topic);
+        let bounds = (0..partitions).map(|p| (p, inner.start_of(topic, p), inner.end_of(topic, p)));
+        Ok(Some(bounds.collect()))
+    }
+
+    fn read(&mut self, partition: &TopicPartition, from: i64, to: i64) -> Result<Stretch<'_>, Failure> {
+        self.cluster.faults().pass(Point::Stretch)?;
+        let mut inner = self.cluster.lock();
+        let (records, next, _) = inner.read(&partition.topic, partition.partition, from, self.batch_max);
+        drop(inner);
+        if records.is_empty() {
+            return Ok(if next >= to { Stretch::End } else { Stretch::Waiting });
+        }
+        Ok(Stretch::Records(self.batch.insert(to_batch(partition, &records))))
+    }
+}
