@@ -13,7 +13,8 @@ run: setup-run ## Build and run the whole platform on this machine, with a simul
 
 test: setup-test lint ## Install what the tests need, then run format, lints and all tests on real components
 	cargo build --locked --workspace --all-targets
-	PATH="$(CURDIR)/target/venv/bin:$$PATH" cargo test --locked --workspace --no-fail-fast
+	# Most tests wait for others most of the time.
+	PATH="$(CURDIR)/target/venv/bin:$$PATH" RUST_TEST_THREADS=3 cargo test --locked --workspace --no-fail-fast
 
 SEEDS ?= 1 2 3 4 5 6
 MINUTES ?= 5

@@ -81,7 +81,7 @@ fn letters_of_a_wrong_feed_are_mended_by_one_replay_that_survives_its_kills() {
     let directory = feeds.path().display().to_string();
     let mut cluster = Cluster::start_with(None, &[("THROUGHLINE_TOPICS__DIR", &directory)]);
     cluster.wait_for_bridge();
-    let load = Load::new(41, 20_000, 200);
+    let load = Load::new(41, 12_000, 200);
     let traffic = load.publish(&cluster.mqtt_port(), 200, cluster.scratch().join("publish.log"));
 
     // The meter says `boot` and `count`; the feed looks for something else.
