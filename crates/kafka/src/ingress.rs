@@ -31,8 +31,10 @@ const TURN: Duration = Duration::from_millis(100);
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
 /// A producer that has records in flight and reports none for so long, while the cluster answers and every
-/// partition has a leader, has lost one for good (see `stall`).
+/// partition has a leader all that time, has lost one for good (see `stall`).
 const STALLED_AFTER: Duration = Duration::from_secs(30);
+/// How often the cluster is asked about its leaders while records are in flight.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 const STALLED: &str = "records wait in vain although every partition has a leader";
 /// How long a producer that ends waits for the fate of its last records.
 const LAST_REPORTS: Duration = Duration::from_secs(5);
@@ -292,7 +294,7 @@ fn make(
 
 fn serve(shared: &Shared) {
     let mut asked = Instant::now();
-    let mut progress = Instant::now();
+    let mut stall = Stall::new();
     while !shared.stop.load(Ordering::Acquire) {
         let producer = Arc::clone(&shared.producer.read());
         producer.poll(TURN);
@@ -300,19 +302,11 @@ fn serve(shared: &Shared) {
             shared.closed.ask(&producer);
             asked = Instant::now();
         }
-        let reports = producer.client().context();
-        let timed_out = reports.timed_out.swap(false, Ordering::Relaxed);
-        if reports.reported.swap(false, Ordering::Relaxed) || producer.in_flight_count() == 0 {
-            progress = Instant::now();
-        }
         let fatal = producer.client().fatal_error().map(|(code, why)| format!("{code}: {why}"));
-        let stalled = || {
-            let long = timed_out || progress.elapsed() >= STALLED_AFTER;
-            (long && every_partition_has_a_leader(&producer)).then(|| STALLED.to_owned())
-        };
+        let stalled = || stall.look(&producer).then(|| STALLED.to_owned());
         if let Some(why) = fatal.or_else(stalled) {
             warn!("the bridge's Kafka producer is made anew: {why}");
-            progress = Instant::now();
+            stall = Stall::new();
             match make(&shared.config, &shared.tuning, &shared.callback, &shared.closed) {
                 Ok(renewed) => {
                     *shared.producer.write() = Arc::new(renewed);
@@ -321,6 +315,43 @@ fn serve(shared: &Shared) {
                 Err(error) => error!("the bridge's Kafka producer cannot be made anew: {error}"),
             }
         }
+    }
+}
+
+/// Whether a producer reports what it could.
+struct Stall {
+    looked: Instant,
+    /// Since when the cluster could have taken every record, as far as was looked.
+    ready: Option<Instant>,
+    /// When a record was reported last, or none was in flight.
+    progress: Instant,
+    /// Whether a record waited too long while the cluster could have taken it.
+    timed_out: bool,
+}
+
+impl Stall {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { looked: now, ready: None, progress: now, timed_out: false }
+    }
+
+    /// Says whether the producer stalls. An outage is none: its time does not count.
+    fn look(&mut self, producer: &BaseProducer<Deliveries>) -> bool {
+        let reports = producer.client().context();
+        self.timed_out |= reports.timed_out.swap(false, Ordering::Relaxed);
+        if reports.reported.swap(false, Ordering::Relaxed) || producer.in_flight_count() == 0 {
+            self.progress = Instant::now();
+        }
+        if producer.in_flight_count() > 0 && self.looked.elapsed() >= LOOK_EVERY {
+            self.looked = Instant::now();
+            if every_partition_has_a_leader(producer) {
+                self.ready.get_or_insert(self.looked);
+            } else {
+                (self.ready, self.timed_out) = (None, false);
+            }
+        }
+        let is_long = |since: Instant| since.elapsed() >= STALLED_AFTER;
+        self.ready.is_some_and(is_long) && (self.timed_out || is_long(self.progress))
     }
 }
 
