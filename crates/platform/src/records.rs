@@ -4,6 +4,9 @@ use crate::context::Context;
 use crate::failure::CliError;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use std::ops::ControlFlow;
+use std::time::Duration;
+use throughline_kafka::browse::{Begin, Stop, browse};
 use throughline_model::codec::framed_id;
 use throughline_model::record::{Outbox, Record};
 use throughline_model::time::Timestamp;
@@ -52,6 +55,47 @@ impl<'a> Reader<'a> {
             tracing::debug!(schema_id = id, "cannot use a schema of the registry: {e}");
         }
         Ok(())
+    }
+}
+
+/// How long reading a topic to its end may take.
+pub const READ_WITHIN: Duration = Duration::from_secs(60);
+
+/// Passes the records that `look` picks on, decoded, from `begin` to the end that each partition has now; no
+/// partitions named means all. Values that do not read are left out.
+///
+/// # Errors
+/// When Kafka or the registry cannot be asked, or the end was not reached within [`READ_WITHIN`].
+pub fn decoded<T: DeserializeOwned>(
+    context: &Context,
+    topic: &str,
+    partitions: &[i32],
+    begin: Begin,
+    look: &dyn Fn(&Record<'_>) -> bool,
+    take: &mut dyn FnMut(&Record<'_>, T),
+) -> Result<(), CliError> {
+    let mut reader = Reader::new(context);
+    let mut failed = None;
+    let stop = Stop::AtEnd { within: READ_WITHIN };
+    let complete = browse(&context.kafka(), topic, partitions, begin, stop, &mut |batch| {
+        for record in batch.iter().filter(|record| look(record)) {
+            match reader.read(record.value) {
+                Ok(Ok(value)) => take(&record, value),
+                Ok(Err(why)) => tracing::debug!("{}@{}: {why}", batch.source, record.offset),
+                Err(error) => {
+                    failed = Some(error);
+                    return ControlFlow::Break(());
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    })?;
+    match failed {
+        Some(error) => Err(error),
+        None if !complete => {
+            Err(CliError::unreachable(format!("`{topic}` was not read to its end within {READ_WITHIN:?}")))
+        }
+        None => Ok(()),
     }
 }
 

@@ -6,6 +6,7 @@
 //! go on, with bounded back-off.
 
 mod activation;
+mod commits;
 
 use crate::clock::{Backoff, Clock, elapsed, seconds_between};
 use crate::codes;
@@ -17,13 +18,14 @@ use crate::schemas::Schemas;
 use crate::signals::{Notes, Signals};
 use crate::tables::Tables;
 use crate::timers::Timers;
+use commits::flush;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::catalog::replay_topic;
 use throughline_model::codec::Codec;
-use throughline_model::keyed::{Keyed, KeyedState};
+use throughline_model::keyed::Keyed;
 use throughline_model::outcome::Outcome;
 use throughline_model::record::{Batch, TopicPartition};
 use throughline_model::stage::{Decide, Effects, Input, StageSpec};
@@ -476,111 +478,6 @@ where
         false
     }
 
-    // ---- commits and recovery --------------------------------------------------------------------------
-
-    fn is_pending(&self) -> bool {
-        self.pending.since.is_some()
-    }
-
-    fn commit_if_due(&mut self) -> Result<(), Stopped> {
-        let Some(since) = self.pending.since else { return Ok(()) };
-        let due = elapsed(since, self.clock.now()) >= self.commit_interval
-            || self.pending.records >= self.config.records_max
-            || self.pending.bytes >= self.config.bytes_max;
-        if due { self.commit_now() } else { Ok(()) }
-    }
-
-    /// Commits what is pending, or takes the single way back.
-    fn commit_now(&mut self) -> Result<(), Stopped> {
-        if !self.is_pending() {
-            return Ok(());
-        }
-        match self.commit() {
-            Ok(()) => Ok(()),
-            Err(failure) => self.recover(failure),
-        }
-    }
-
-    fn commit(&mut self) -> Result<(), Failure> {
-        self.write_states()?;
-        flush(&mut self.effects, &mut self.transactions, &self.spec)?;
-        let fired = |lane: &Lane| self.pending.fired.contains(&lane.source.partition) && lane.next >= 0;
-        let moved = self.lanes.values().filter(|lane| lane.active && (lane.has_moved() || fired(lane)));
-        let advances: Vec<_> = moved.map(Lane::advance).collect();
-        self.transactions.commit(&advances)?;
-        let now = self.clock.now();
-        for advance in &advances {
-            let lane = self.lanes.get_mut(&advance.partition).expect("its advance was just made");
-            self.signals.lane_committed(lane, now);
-            lane.committed(advance);
-        }
-        self.signals.committed();
-        self.signals.works("kafka");
-        self.recovery.succeeded();
-        self.pending = Pending::default();
-        Ok(())
-    }
-
-    /// Puts the changed states of every task into the outbox, handing it over where it grows large.
-    fn write_states(&mut self) -> Result<(), Failure> {
-        let Some(topic) = self.changelog.clone() else { return Ok(()) };
-        let codec = Arc::clone(self.schemas.codec());
-        for (number, task) in &mut self.tasks {
-            let (effects, transactions, spec) = (&mut self.effects, &mut self.transactions, &self.spec);
-            task.states.drain_dirty(|key, state| {
-                let outbox = effects.outbox_mut();
-                let bytes = Some(key.as_bytes());
-                let written = outbox.push_with(&topic, Some(*number), bytes, None, |out| {
-                    state.encode(&codec, out).map(|()| true)
-                });
-                written.map_err(|e| Failure::Stop {
-                    code: codes::STATE_UNWRITABLE,
-                    message: format!("the state under `{key}` of stage `{}`: {e}", spec.group),
-                })?;
-                if outbox.bytes_held() >= self.config.bytes_max {
-                    flush(effects, transactions, spec)?;
-                }
-                Ok(())
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Drops everything that is not committed; the loop begins again at the committed positions.
-    fn recover(&mut self, failure: Failure) -> Result<(), Stopped> {
-        let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
-        self.signals.recovers(&failure);
-        if matches!(failure, Failure::Dependency { .. }) {
-            self.signals.failed(&failure);
-        }
-        self.recovery.failed(self.clock.now());
-        self.needs_reset = true;
-        self.effects.clear();
-        self.pending = Pending::default();
-        for number in std::mem::take(&mut self.tasks).into_keys() {
-            self.suspend(number);
-        }
-        Ok(())
-    }
-
-    fn reset(&mut self) -> Result<(), Stopped> {
-        if !self.recovery.is_due(self.clock.now()) {
-            return Ok(());
-        }
-        match self.transactions.reset() {
-            Ok(()) => {
-                self.needs_reset = false;
-                Ok(())
-            }
-            Err(failure) => {
-                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
-                self.signals.failed(&failure);
-                self.recovery.failed(self.clock.now());
-                Ok(())
-            }
-        }
-    }
-
     // ---- small things ----------------------------------------------------------------------------------
 
     /// Returns how long the next poll may wait: not beyond the next thing that is due.
@@ -633,23 +530,6 @@ fn fire_due<D: Decide>(
             let message = format!("the timer of `{key}` in stage `{group}` was due at {due} and still is");
             return Err(Stopped { stage: group, code: codes::TIMER_STUCK, message });
         }
-    }
-    Ok(())
-}
-
-/// Hands what was emitted to the open transaction.
-fn flush<T: Transactions>(
-    effects: &mut Effects,
-    transactions: &mut T,
-    spec: &StageSpec,
-) -> Result<(), Failure> {
-    if let Some(error) = effects.take_failure() {
-        let message = format!("stage `{}`: {error}", spec.group);
-        return Err(Failure::Stop { code: codes::OUTPUT_INVALID, message });
-    }
-    if !effects.outbox().is_empty() {
-        transactions.send(effects.outbox())?;
-        effects.outbox_mut().clear();
     }
     Ok(())
 }

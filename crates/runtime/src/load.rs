@@ -264,22 +264,8 @@ where
         if !self.setup.is_due(self.clock.now()) {
             return Ok(());
         }
-        match self.activate() {
-            Ok(()) => {
-                if self.setup.has_failed() {
-                    self.signals.work_again();
-                    self.setup.succeeded();
-                }
-                self.signals.ready();
-                Ok(())
-            }
-            Err(failure) => {
-                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
-                self.signals.failed(&failure);
-                self.setup.failed(self.clock.now());
-                Ok(())
-            }
-        }
+        let done = self.activate();
+        self.signals.set_up(done, &mut self.setup, self.clock.now())
     }
 
     fn activate(&mut self) -> Result<(), Failure> {

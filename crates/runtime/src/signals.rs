@@ -1,6 +1,7 @@
 //! What a loop tells about itself: metrics at every commit, health at every turn, notes once a second.
 
-use crate::clock::{elapsed, seconds_between};
+use crate::clock::{Backoff, elapsed, seconds_between};
+use crate::config::Stopped;
 use crate::lane::Lane;
 use crate::ports::Failure;
 use serde_json::json;
@@ -97,6 +98,34 @@ impl Signals {
         for dependency in self.down.clone() {
             self.works(dependency);
         }
+    }
+
+    /// Notes how a look at what shall begin ended: ready, or to be tried again with back-off.
+    ///
+    /// # Errors
+    /// [`Stopped`] when a person must act.
+    pub(crate) fn set_up(
+        &mut self,
+        done: Result<(), Failure>,
+        setup: &mut Backoff,
+        now: Timestamp,
+    ) -> Result<(), Stopped> {
+        match done {
+            Ok(()) => {
+                if setup.has_failed() {
+                    // Whatever failed before was tried again just now.
+                    self.work_again();
+                    setup.succeeded();
+                }
+                self.ready();
+            }
+            Err(failure) => {
+                let failure = Stopped::unless_recoverable(self.stage, failure)?;
+                self.failed(&failure);
+                setup.failed(now);
+            }
+        }
+        Ok(())
     }
 
     /// Says loudly that retention deleted what was not read.

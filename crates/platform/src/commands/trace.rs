@@ -5,7 +5,7 @@ use crate::config::Flags;
 use crate::context::Context;
 use crate::failure::{CliError, Exit};
 use crate::output;
-use crate::records::Reader;
+use crate::records::{self, READ_WITHIN};
 use serde_json::{Value, json};
 use std::ops::ControlFlow;
 use std::str::FromStr;
@@ -21,8 +21,6 @@ use throughline_runtime::{Clock, WallClock};
 
 /// A device's clock does not matter here, but the admitting bridge's may differ from the broker's by this.
 const SLACK: Duration = Duration::from_secs(60);
-/// How long reading one partition to its end may take.
-const READ_WITHIN: Duration = Duration::from_secs(60);
 
 /// Arguments of `trace`.
 #[derive(clap::Args)]
@@ -171,7 +169,14 @@ fn newest_of(
             newest = Some((record.time, value["trace_id"].as_str().unwrap_or_default().to_owned()));
         }
     };
-    read_all(context, topic, partition, Begin::Earliest, &|r| r.key == Some(key.as_bytes()), &mut take)?;
+    records::decoded(
+        context,
+        topic,
+        &[partition],
+        Begin::Earliest,
+        &|r| r.key == Some(key.as_bytes()),
+        &mut take,
+    )?;
     Ok(newest)
 }
 
@@ -192,42 +197,8 @@ fn collect(
         }
     };
     let begin = Begin::Since(since);
-    read_all(context, topic, partition, begin, &|r| mentions(r, wanted.as_bytes()), &mut take)?;
+    records::decoded(context, topic, &[partition], begin, &|r| mentions(r, wanted.as_bytes()), &mut take)?;
     Ok(hops)
-}
-
-/// Decodes the records of a partition that `look` picks and passes them on, from `begin` to the end.
-fn read_all(
-    context: &Context,
-    topic: &str,
-    partition: i32,
-    begin: Begin,
-    look: &dyn Fn(&Record<'_>) -> bool,
-    take: &mut dyn FnMut(&Record<'_>, Value),
-) -> Result<(), CliError> {
-    let mut reader = Reader::new(context);
-    let mut failed = None;
-    let stop = Stop::AtEnd { within: READ_WITHIN };
-    let complete = browse(&context.kafka(), topic, &[partition], begin, stop, &mut |batch| {
-        for record in batch.iter().filter(|record| look(record)) {
-            match reader.value(record.value) {
-                Ok(Ok(value)) => take(&record, value),
-                Ok(Err(_)) => {} // What does not decode belongs to no trace.
-                Err(error) => {
-                    failed = Some(error);
-                    return ControlFlow::Break(());
-                }
-            }
-        }
-        ControlFlow::Continue(())
-    })?;
-    match failed {
-        Some(error) => Err(error),
-        None if !complete => Err(CliError::unreachable(format!(
-            "`{topic}/{partition}` was not read to its end within {READ_WITHIN:?}"
-        ))),
-        None => Ok(()),
-    }
 }
 
 /// A cheap look before decoding: the id stands as text in every value that carries it.

@@ -39,23 +39,7 @@ where
             done = self.activate(&chosen);
             self.failed_last = done.is_err().then_some(chosen[chosen.len() - 1]).or(self.failed_last);
         }
-        match done {
-            Ok(()) => {
-                if self.setup.has_failed() {
-                    // Whatever failed before was tried again just now.
-                    self.signals.work_again();
-                    self.setup.succeeded();
-                }
-                self.signals.ready();
-                Ok(())
-            }
-            Err(failure) => {
-                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
-                self.signals.failed(&failure);
-                self.setup.failed(self.clock.now());
-                Ok(())
-            }
-        }
+        self.signals.set_up(done, &mut self.setup, self.clock.now())
     }
 
     /// Returns the tasks that are complete and not active.

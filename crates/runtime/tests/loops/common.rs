@@ -263,6 +263,31 @@ pub fn is_kill(stopped: &Stopped) -> bool {
     stopped.code == KILLED
 }
 
+/// Turns processes, the first of which runs already, until `is_done`; what was killed by a fault, or between two
+/// turns once in `kill_one_in`, is started again.
+pub fn drive_until<P>(
+    running: P,
+    start: impl Fn() -> P,
+    turn: impl Fn(&mut P) -> Result<(), Stopped>,
+    is_done: impl Fn() -> bool,
+    random: &mut Random,
+    kill_one_in: Option<u64>,
+) {
+    let mut running = Some(running);
+    for _ in 0..20_000 {
+        if is_done() {
+            return;
+        }
+        match turn(running.get_or_insert_with(&start)) {
+            Ok(()) if kill_one_in.is_some_and(|n| random.below(n) == 0) => running = None,
+            Ok(()) => {}
+            Err(stopped) if is_kill(&stopped) => running = None,
+            Err(stopped) => panic!("{stopped}"),
+        }
+    }
+    panic!("20,000 turns did not do it");
+}
+
 /// A small generator whose sequence follows from its seed.
 pub struct Random(pub u64);
 

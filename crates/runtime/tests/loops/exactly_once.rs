@@ -1,7 +1,7 @@
 //! Every effect happens once: whatever fails, wherever a process is killed, the committed outputs, states,
 //! dead letters and books equal those of a run in which nothing failed.
 
-use crate::common::{CHANGELOG, DLT, GROUP, INPUT, OUTPUT, Random, World, is_kill};
+use crate::common::{CHANGELOG, DLT, GROUP, INPUT, OUTPUT, Random, World, drive_until};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use throughline_runtime::Clock;
@@ -66,23 +66,12 @@ fn result(world: &World) -> Result {
 /// turns ends the process between two turns.
 fn drive(world: &World, random: &mut Random, kill_one_in: Option<u64>) {
     let end = world.clock.now().plus(Duration::from_secs(60));
-    let mut running = Some(world.start("instance-0").0);
-    for _ in 0..20_000 {
-        if world.is_done() && world.clock.now() > end {
-            return;
-        }
-        let process = running.get_or_insert_with(|| {
-            world.cluster.faults().revive();
-            world.start("instance-0").0
-        });
-        match process.turn() {
-            Ok(()) if kill_one_in.is_some_and(|n| random.below(n) == 0) => running = None,
-            Ok(()) => {}
-            Err(stopped) if is_kill(&stopped) => running = None,
-            Err(stopped) => panic!("{stopped}"),
-        }
-    }
-    panic!("20,000 turns did not do it");
+    let start = || {
+        world.cluster.faults().revive();
+        world.start("instance-0").0
+    };
+    let is_done = || world.is_done() && world.clock.now() > end;
+    drive_until(world.start("instance-0").0, start, |p| p.turn(), is_done, random, kill_one_in);
 }
 
 fn undisturbed(seed: u64, records: u64) -> Result {

@@ -1,6 +1,6 @@
 //! What the loop of load stages does, one behaviour a test, in virtual time.
 
-use crate::common::{Random, is_kill};
+use crate::common::{Random, drive_until};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::outcome::{Outcome, Settled};
@@ -174,23 +174,11 @@ impl World {
 }
 
 fn drive(world: &World, random: &mut Random, kill_one_in: Option<u64>) {
-    let mut running = Some(world.start().0);
-    for _ in 0..20_000 {
-        if world.is_done() {
-            return;
-        }
-        let process = running.get_or_insert_with(|| {
-            world.cluster.faults().revive();
-            world.start().0
-        });
-        match process.turn() {
-            Ok(()) if kill_one_in.is_some_and(|n| random.below(n) == 0) => running = None,
-            Ok(()) => {}
-            Err(stopped) if is_kill(&stopped) => running = None,
-            Err(stopped) => panic!("{stopped}"),
-        }
-    }
-    panic!("20,000 turns did not do it");
+    let start = || {
+        world.cluster.faults().revive();
+        world.start().0
+    };
+    drive_until(world.start().0, start, |p| p.turn(), || world.is_done(), random, kill_one_in);
 }
 
 /// Rows, outcomes and (once each) dead letters.

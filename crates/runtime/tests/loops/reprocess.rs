@@ -1,7 +1,7 @@
 //! Requests about dead letters: each selected letter is dealt with once, wherever a process is killed, not
 //! faster than asked for, and a bad request disturbs no other.
 
-use crate::common::{Random, is_kill};
+use crate::common::{Random, drive_until};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::codec::Codec;
@@ -101,23 +101,11 @@ impl World {
 
     /// Runs until the requests have ended. `kill_one_in` turns ends the process between two turns.
     fn run(&self, ids: &[&str], random: &mut Random, kill_one_in: Option<u64>) {
-        let mut running = Some(self.start());
-        for _ in 0..20_000 {
-            if self.has_ended(ids) {
-                return;
-            }
-            let process = running.get_or_insert_with(|| {
-                self.cluster.faults().revive();
-                self.start()
-            });
-            match process.turn() {
-                Ok(()) if kill_one_in.is_some_and(|n| random.below(n) == 0) => running = None,
-                Ok(()) => {}
-                Err(stopped) if is_kill(&stopped) => running = None,
-                Err(stopped) => panic!("{stopped}"),
-            }
-        }
-        panic!("20,000 turns did not do it");
+        let start = || {
+            self.cluster.faults().revive();
+            self.start()
+        };
+        drive_until(self.start(), start, |p| p.turn(), || self.has_ended(ids), random, kill_one_in);
     }
 
     fn settle(&self, ids: &[&str]) {

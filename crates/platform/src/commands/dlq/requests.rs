@@ -10,13 +10,12 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Duration;
 use throughline_kafka::admin::Admin;
 use throughline_kafka::browse::{Begin, Stop, browse, end_offsets};
 use throughline_model::dead_letter::{Action, STAGE, status};
 use throughline_model::envelope::{DeadLetterProgress, DeadLetterRequest, Enveloped, IDENTITY_NONE};
 use throughline_model::ids::TraceId;
-use throughline_model::record::Outbox;
+use throughline_model::record::{Outbox, Record};
 use throughline_model::stage::traceparent;
 use throughline_model::topics::{
     SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1 as PROGRESS, SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1 as REQUESTS,
@@ -24,36 +23,15 @@ use throughline_model::topics::{
 use throughline_runtime::{Clock, WallClock};
 use uuid::Uuid;
 
-/// How long reading all requests may take.
-const READ_WITHIN: Duration = Duration::from_secs(60);
-
 /// Reads a topic whole: the last value of each key. Values that do not read are left out.
 fn last_by_key<T: DeserializeOwned>(context: &Context, topic: &str) -> Result<BTreeMap<String, T>, CliError> {
-    let mut reader = Reader::new(context);
     let mut all = BTreeMap::new();
-    let mut failed = None;
-    let stop = Stop::AtEnd { within: READ_WITHIN };
-    let read_all = browse(&context.kafka(), topic, &[], Begin::Earliest, stop, &mut |batch| {
-        for record in batch.iter() {
-            let key = record.key.map(|key| String::from_utf8_lossy(key).into_owned()).unwrap_or_default();
-            match reader.read::<T>(record.value) {
-                Ok(Ok(value)) => drop(all.insert(key, value)),
-                Ok(Err(_)) => {}
-                Err(error) => {
-                    failed = Some(error);
-                    return ControlFlow::Break(());
-                }
-            }
-        }
-        ControlFlow::Continue(())
-    })?;
-    match failed {
-        Some(error) => Err(error),
-        None if !read_all => {
-            Err(CliError::unreachable(format!("`{topic}` was not read to its end within {READ_WITHIN:?}")))
-        }
-        None => Ok(all),
-    }
+    let mut take = |record: &Record<'_>, value| {
+        let key = record.key.map(|key| String::from_utf8_lossy(key).into_owned()).unwrap_or_default();
+        all.insert(key, value);
+    };
+    records::decoded(context, topic, &[], Begin::Earliest, &|_| true, &mut take)?;
+    Ok(all)
 }
 
 /// Returns the requests that were taken up, by the topic of their letters, each in their order.
