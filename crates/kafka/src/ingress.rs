@@ -1,5 +1,6 @@
 //! Records from the bridge: handed over without blocking, each one's fate reported by its token.
 
+use crate::bystander::every_partition_has_a_leader;
 use crate::config::KafkaConfig;
 use crate::context::{log_error, log_line};
 use crate::failure::refused_config;
@@ -13,7 +14,7 @@ use rdkafka::producer::{BaseProducer, DeliveryResult, Producer, ProducerContext,
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use throughline_model::record::Outgoing;
@@ -30,10 +31,10 @@ const TURN: Duration = Duration::from_millis(100);
 /// serves deliveries, so it is not to wait long.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
-/// A producer that has records in flight and reports none for so long, while the cluster answers and every
-/// partition has a leader all that time, has lost one for good (see `stall`).
-const STALLED_AFTER: Duration = Duration::from_secs(30);
-/// How often the cluster is asked about its leaders while records are in flight.
+/// A producer that has records in flight and reports none for so long, while the cluster answers others and
+/// every partition has a leader all that time, has lost them for good (see `stall` and `bystander`).
+const STALLED_AFTER: Duration = Duration::from_secs(20);
+/// How often the cluster is asked about its leaders while records wait in vain.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 const STALLED: &str = "records wait in vain although every partition has a leader";
 /// How long a producer that ends waits for the fate of its last records.
@@ -185,6 +186,8 @@ struct Shared {
     /// Written only when a fatal error made a new producer necessary.
     producer: RwLock<Arc<BaseProducer<Deliveries>>>,
     stop: AtomicBool,
+    /// For how many milliseconds nothing was reported while records were in flight.
+    silent_ms: AtomicU64,
 }
 
 /// The bridge's producer: idempotent, acks=all, lz4, in order per key.
@@ -208,7 +211,8 @@ impl IngressProducer {
         let closed = Arc::default();
         let producer = RwLock::new(Arc::new(make(config, tuning, &callback, &closed)?));
         let (config, tuning, stop) = (config.clone(), tuning.clone(), AtomicBool::new(false));
-        let shared = Arc::new(Shared { config, tuning, callback, closed, producer, stop });
+        let silent_ms = AtomicU64::new(0);
+        let shared = Arc::new(Shared { config, tuning, callback, closed, producer, stop, silent_ms });
         let serving = Arc::clone(&shared);
         let server = std::thread::Builder::new()
             .name("kafka-ingress".to_owned())
@@ -257,6 +261,10 @@ impl Ingress for IngressProducer {
     fn in_flight(&self) -> usize {
         usize::try_from(self.shared.producer.read().in_flight_count()).unwrap_or_default()
     }
+
+    fn silent_for(&self) -> Duration {
+        Duration::from_millis(self.shared.silent_ms.load(Ordering::Relaxed))
+    }
 }
 
 impl Drop for IngressProducer {
@@ -303,8 +311,10 @@ fn serve(shared: &Shared) {
             asked = Instant::now();
         }
         let fatal = producer.client().fatal_error().map(|(code, why)| format!("{code}: {why}"));
-        let stalled = || stall.look(&producer).then(|| STALLED.to_owned());
-        if let Some(why) = fatal.or_else(stalled) {
+        let stalled = stall.look(&producer, &shared.config).then(|| STALLED.to_owned());
+        let silent_ms = u64::try_from(stall.progress.elapsed().as_millis()).unwrap_or(u64::MAX);
+        shared.silent_ms.store(silent_ms, Ordering::Relaxed);
+        if let Some(why) = fatal.or(stalled) {
             warn!("the bridge's Kafka producer is made anew: {why}");
             stall = Stall::new();
             match make(&shared.config, &shared.tuning, &shared.callback, &shared.closed) {
@@ -335,30 +345,28 @@ impl Stall {
         Self { looked: now, ready: None, progress: now, timed_out: false }
     }
 
-    /// Says whether the producer stalls. An outage is none: its time does not count.
-    fn look(&mut self, producer: &BaseProducer<Deliveries>) -> bool {
+    /// Says whether the producer stalls. An outage is none: its time does not count. Whether there is one is
+    /// asked while records wait and nothing is heard of them.
+    fn look(&mut self, producer: &BaseProducer<Deliveries>, config: &KafkaConfig) -> bool {
         let reports = producer.client().context();
         self.timed_out |= reports.timed_out.swap(false, Ordering::Relaxed);
         if reports.reported.swap(false, Ordering::Relaxed) || producer.in_flight_count() == 0 {
             self.progress = Instant::now();
         }
-        if producer.in_flight_count() > 0 && self.looked.elapsed() >= LOOK_EVERY {
-            self.looked = Instant::now();
-            if every_partition_has_a_leader(producer) {
-                self.ready.get_or_insert(self.looked);
+        let waits = self.timed_out || self.progress.elapsed() >= LOOK_EVERY;
+        if !waits {
+            self.ready = None;
+        } else if self.looked.elapsed() >= LOOK_EVERY {
+            if every_partition_has_a_leader(config) {
+                self.ready.get_or_insert_with(Instant::now);
             } else {
                 (self.ready, self.timed_out) = (None, false);
             }
+            self.looked = Instant::now();
         }
         let is_long = |since: Instant| since.elapsed() >= STALLED_AFTER;
         self.ready.is_some_and(is_long) && (self.timed_out || is_long(self.progress))
     }
-}
-
-/// Asks the cluster whether it could take every record now.
-fn every_partition_has_a_leader(producer: &BaseProducer<Deliveries>) -> bool {
-    let metadata = producer.client().fetch_metadata(None, ANSWER_WITHIN);
-    metadata.is_ok_and(|m| m.topics().iter().flat_map(|t| t.partitions()).all(|p| p.leader() >= 0))
 }
 
 /// Gives up what is queued or in flight, so that each token is reported.

@@ -87,8 +87,8 @@ enum Known {
 
 /// Takes snapshots; keeps the times of positions, so that a group that stands still costs nothing.
 pub struct LagProbe {
-    admin: Admin,
-    reader: Arc<BaseConsumer<Logging>>,
+    config: KafkaConfig,
+    clients: Option<(Admin, Arc<BaseConsumer<Logging>>)>,
     known: HashMap<(TopicPartition, i64), Known>,
 }
 
@@ -98,6 +98,11 @@ impl LagProbe {
     /// # Errors
     /// [`Failure::Stop`] when librdkafka refuses the configuration.
     pub fn new(config: &KafkaConfig) -> Result<Self, Failure> {
+        let clients = Some(Self::connect(config)?);
+        Ok(Self { config: config.clone(), clients, known: HashMap::new() })
+    }
+
+    fn connect(config: &KafkaConfig) -> Result<(Admin, Arc<BaseConsumer<Logging>>), Failure> {
         let mut client = config.reader(&format!("{}-lag", config.client_id));
         client
             .set("auto.offset.reset", "earliest")
@@ -107,27 +112,39 @@ impl LagProbe {
             .set("queued.max.messages.kbytes", "64");
         let reader: BaseConsumer<Logging> =
             BaseConsumer::from_config_and_context(&client, Logging).map_err(|e| refused_config(&e))?;
-        Ok(Self { admin: Admin::new(config)?, reader: Arc::new(reader), known: HashMap::new() })
+        Ok((Admin::new(config)?, Arc::new(reader)))
     }
 
-    /// Returns where all groups are. Takes at most about 2 s beyond the requests themselves.
+    /// Returns where all groups are. Takes at most about 2 s beyond the requests themselves. After a failure
+    /// the next snapshot is taken with new clients: the old ones may never find the cluster again (see
+    /// `bystander`).
     ///
     /// # Errors
     /// [`Failure::Dependency`].
     pub fn snapshot(&mut self) -> Result<LagSnapshot, Failure> {
+        let (admin, reader) = match self.clients.take() {
+            Some(clients) => clients,
+            None => Self::connect(&self.config)?,
+        };
+        let snapshot = self.take(&admin, &reader)?;
+        self.clients = Some((admin, reader));
+        Ok(snapshot)
+    }
+
+    fn take(&mut self, admin: &Admin, reader: &Arc<BaseConsumer<Logging>>) -> Result<LagSnapshot, Failure> {
         // While no broker can be reached, librdkafka spins over questions about groups: do not ask.
-        self.admin.brokers()?;
-        let listed = self.admin.groups()?;
+        admin.brokers()?;
+        let listed = admin.groups()?;
         let states: HashMap<_, _> = listed.iter().map(|g| (g.group.as_str(), g.state.as_str())).collect();
         let names: Vec<&str> = listed.iter().map(|g| g.group.as_str()).collect();
-        let committed = self.admin.group_offsets(&names)?;
+        let committed = admin.group_offsets(&names)?;
         let mut partitions: Vec<_> =
             committed.iter().flat_map(|g| &g.offsets).map(|o| o.partition.clone()).collect();
         partitions.sort();
         partitions.dedup();
         // The ends after the offsets: a lag is never negative that way.
-        let earliest = self.admin.earliest(&partitions)?;
-        let latest = self.admin.latest(&partitions)?;
+        let earliest = admin.earliest(&partitions)?;
+        let latest = admin.latest(&partitions)?;
         let mut groups = Vec::new();
         for group in &committed {
             for offset in &group.offsets {
@@ -144,7 +161,7 @@ impl LagProbe {
                 });
             }
         }
-        self.find_times(&groups, &latest)?;
+        self.find_times(reader, &groups, &latest)?;
         for row in groups.iter_mut().filter(|row| !row.caught_up) {
             match self.known.get(&(row.partition.clone(), row.next)) {
                 Some(Known::Time(time)) => row.first_unprocessed = Some(*time),
@@ -162,6 +179,7 @@ impl LagProbe {
     /// Reads the records at the positions whose time is not known, a partition once a round.
     fn find_times(
         &mut self,
+        reader: &Arc<BaseConsumer<Logging>>,
         groups: &[GroupLag],
         latest: &HashMap<TopicPartition, i64>,
     ) -> Result<(), Failure> {
@@ -187,28 +205,29 @@ impl LagProbe {
                     false
                 }
             });
-            self.read_round(round, latest, deadline)?;
+            self.read_round(reader, round, latest, deadline)?;
         }
         Ok(())
     }
 
     fn read_round(
         &mut self,
+        reader: &Arc<BaseConsumer<Logging>>,
         round: HashMap<TopicPartition, i64>,
         latest: &HashMap<TopicPartition, i64>,
         deadline: Instant,
     ) -> Result<(), Failure> {
         let what = "cannot read the first unprocessed records";
         // A queue each: the event of a partition's end names no topic. Split off before they are assigned.
-        let queue = |p: &TopicPartition| self.reader.split_partition_queue(&p.topic, p.partition);
+        let queue = |p: &TopicPartition| reader.split_partition_queue(&p.topic, p.partition);
         let mut waiting: Vec<_> =
             round.iter().filter_map(|(p, next)| Some((p.clone(), *next, queue(p)?))).collect();
-        let assigned = self.reader.assign(&list(round.iter().map(|(p, next)| (p, *next))));
+        let assigned = reader.assign(&list(round.iter().map(|(p, next)| (p, *next))));
         assigned.map_err(|e| failure(what, &e))?;
         let known = &mut self.known;
         while !waiting.is_empty() && Instant::now() < deadline {
             // Serves errors and log lines, and is the pause between two looks.
-            if let Some(Err(error)) = self.reader.poll(LOOK) {
+            if let Some(Err(error)) = reader.poll(LOOK) {
                 tracing::debug!("{what}: {error}");
             }
             waiting.retain(|(partition, next, queue)| match queue.poll(Duration::ZERO) {
@@ -231,6 +250,6 @@ impl LagProbe {
         }
         drop(waiting);
         let none = rdkafka::topic_partition_list::TopicPartitionList::new();
-        self.reader.assign(&none).map_err(|e| failure(what, &e))
+        reader.assign(&none).map_err(|e| failure(what, &e))
     }
 }

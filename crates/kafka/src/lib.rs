@@ -13,6 +13,7 @@ pub mod admin;
 pub mod baseline;
 mod bounds;
 pub mod browse;
+mod bystander;
 mod config;
 mod context;
 mod failure;

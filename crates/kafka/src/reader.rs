@@ -1,5 +1,6 @@
 //! Tables: compacted topics read from their beginning to the end they had when asked.
 
+use crate::bystander;
 use crate::config::{KafkaConfig, STABLE_TIMEOUT};
 use crate::failure::dependency;
 use crate::stall::{LOOK_WITHIN, StallWatch};
@@ -13,6 +14,8 @@ use throughline_runtime::ports::{Failure, TableReader};
 
 /// How long nothing may come before the read is given up. Restoring itself may take longer.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(15);
+/// A leader that is not found so often in a row, and once more, is lost; for a moment without one is usual.
+const BLIND_LOOKS_MAX: u32 = 2;
 
 struct Followed {
     tail: Tail,
@@ -21,17 +24,29 @@ struct Followed {
     /// The next position of each partition.
     next: HashMap<i32, i64>,
     stalls: StallWatch<i32>,
+    /// How often in a row a look did not find every leader.
+    blind_looks: u32,
 }
 
 impl Followed {
-    /// Returns a partition that delivers nothing of what it holds.
-    fn stalled(&mut self) -> Option<i32> {
+    /// Returns a partition that delivers nothing of what it holds, or whose leader only this client does not
+    /// find.
+    fn stalled(&mut self, config: &KafkaConfig) -> Option<i32> {
         if !self.stalls.is_due() {
             return None;
         }
         let partitions: Vec<i32> = self.next.keys().copied().collect();
-        let ends = self.tail.ends_within(&partitions, LOOK_WITHIN)?;
-        self.stalls.look(self.next.iter().filter_map(|(p, next)| Some((*p, *next, *ends.get(p)?))))
+        let ends = self.tail.ends_within(&partitions, LOOK_WITHIN).unwrap_or_default();
+        let Some(lost) = partitions.iter().find(|number| !ends.contains_key(number)) else {
+            self.blind_looks = 0;
+            return self.stalls.look(self.next.iter().map(|(p, next)| (*p, *next, ends[p])));
+        };
+        self.blind_looks += 1;
+        if self.blind_looks <= BLIND_LOOKS_MAX {
+            return None;
+        }
+        self.blind_looks = 0;
+        bystander::kafka_answers(config).then_some(*lost)
     }
 }
 
@@ -57,7 +72,7 @@ impl TopicReader {
         let from: Vec<_> = begins.iter().map(|(p, b)| (*p, *b)).collect();
         tail.assign(&from)?;
         let behind = ends.iter().filter(|(p, end)| begins.get(p) < Some(end)).map(|(p, _)| *p).collect();
-        Ok(Followed { tail, behind, next: begins, stalls: StallWatch::new() })
+        Ok(Followed { tail, behind, next: begins, stalls: StallWatch::new(), blind_looks: 0 })
     }
 }
 
@@ -94,34 +109,46 @@ impl TableReader for TopicReader {
     }
 
     fn follow(&mut self, topic: &str, each: &mut dyn FnMut(&Batch)) -> Result<(), Failure> {
-        if !self.followed.contains_key(topic) {
-            let followed = self.begin_following(topic)?;
-            self.followed.insert(topic.to_owned(), followed);
-        }
-        let followed = self.followed.get_mut(topic).expect("put in above");
+        let mut followed = match self.followed.remove(topic) {
+            Some(followed) => followed,
+            None => self.begin_following(topic)?,
+        };
+        // After a failure the next call reads the table anew, with a client that finds its leaders.
+        followed.take(&self.config, topic, each)?;
+        self.followed.insert(topic.to_owned(), followed);
+        Ok(())
+    }
+}
+
+impl Followed {
+    /// Takes what has come; the first time, all there is.
+    fn take(
+        &mut self,
+        config: &KafkaConfig,
+        topic: &str,
+        each: &mut dyn FnMut(&Batch),
+    ) -> Result<(), Failure> {
         let mut deadline = Instant::now() + PROGRESS_TIMEOUT;
         loop {
-            let wait = if followed.behind.is_empty() { Duration::ZERO } else { Duration::from_millis(100) };
-            match followed.tail.poll(wait)? {
+            let wait = if self.behind.is_empty() { Duration::ZERO } else { Duration::from_millis(100) };
+            match self.tail.poll(wait)? {
                 Tailed::Records(batch) => {
                     deadline = Instant::now() + PROGRESS_TIMEOUT;
                     let partition = batch.source.partition;
-                    followed.next.insert(partition, batch.get(batch.len() - 1).offset + 1);
-                    followed.stalls.delivered(&partition);
+                    self.next.insert(partition, batch.get(batch.len() - 1).offset + 1);
+                    self.stalls.delivered(&partition);
                     each(&batch);
                 }
                 Tailed::End(partition) => {
-                    followed.behind.remove(&partition);
-                    followed.stalls.reached_end(&partition);
+                    self.behind.remove(&partition);
+                    self.stalls.reached_end(&partition);
                 }
-                Tailed::Nothing if followed.behind.is_empty() => {
-                    let Some(number) = followed.stalled() else { return Ok(()) };
-                    // The next call reads the table anew, with a client that finds the leader.
-                    self.followed.remove(topic);
+                Tailed::Nothing if self.behind.is_empty() => {
+                    let Some(number) = self.stalled(config) else { return Ok(()) };
                     return Err(stalled(&TopicPartition::new(topic, number)));
                 }
                 Tailed::Nothing if Instant::now() > deadline => {
-                    let number = followed.behind.iter().next().copied().unwrap_or_default();
+                    let number = self.behind.iter().next().copied().unwrap_or_default();
                     return Err(stalled(&TopicPartition::new(topic, number)));
                 }
                 Tailed::Nothing => {}

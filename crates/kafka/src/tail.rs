@@ -148,7 +148,8 @@ impl Tail {
         }
     }
 
-    /// Returns the ends for readers of committed data, or `None` where the cluster does not answer `within`.
+    /// Returns the ends for readers of committed data, or `None` where the cluster does not answer `within`. An
+    /// end is absent where the client does not find the partition's leader.
     pub(crate) fn ends_within(&self, partitions: &[i32], within: Duration) -> Option<HashMap<i32, i64>> {
         let asked: Vec<_> = partitions.iter().map(|p| (&*self.topic, *p)).collect();
         let found = list_offsets(self.consumer.client(), &asked, OffsetSpec::Latest, true, within).ok()?;

@@ -5,13 +5,16 @@ use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use throughline_model::record::{Outbox, Outgoing};
 use throughline_model::topics::SERVICE_PLATFORM_LOCATOR_V1;
 use throughline_runtime::ports::{Ingress, NotTaken};
 use throughline_telemetry::RoleHealth;
 
-/// The dependency's name in health. It is mentioned only once a topic took nothing.
+/// The dependency's name in health.
 const KAFKA: &str = "kafka";
+/// After so long without an acknowledgement, while records wait for one, Kafka counts as away.
+const SILENT_AFTER: Duration = Duration::from_secs(5);
 
 /// What the listener and the client of an external broker send through.
 pub(crate) struct Outflow {
@@ -21,6 +24,8 @@ pub(crate) struct Outflow {
     any_refused: AtomicBool,
     /// Why a topic takes nothing, by topic.
     refused: Mutex<BTreeMap<String, String>>,
+    /// Whether it was said that Kafka acknowledges nothing.
+    silent: AtomicBool,
 }
 
 /// How far the records of a publish got.
@@ -38,7 +43,8 @@ pub(crate) struct Handed {
 
 impl Outflow {
     pub(crate) fn new(producer: Arc<dyn Ingress>, health: RoleHealth) -> Arc<Self> {
-        Arc::new(Self { producer, health, any_refused: AtomicBool::new(false), refused: Mutex::default() })
+        let (any_refused, silent) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Self { producer, health, any_refused, refused: Mutex::default(), silent })
     }
 
     /// Hands over one record.
@@ -77,6 +83,23 @@ impl Outflow {
         self.producer.in_flight()
     }
 
+    /// Says in health and log whether Kafka acknowledges; to be called every second or so.
+    pub(crate) fn report(&self) {
+        let silence = self.producer.silent_for();
+        let silent = silence >= SILENT_AFTER;
+        if self.silent.swap(silent, Ordering::Relaxed) != silent {
+            match silent {
+                true => tracing::warn!(
+                    records = self.in_flight(),
+                    "Kafka acknowledges nothing for {} s: publishes wait",
+                    silence.as_secs()
+                ),
+                false => tracing::info!("Kafka acknowledges records again"),
+            }
+        }
+        self.say(&self.refused.lock());
+    }
+
     fn refused(&self, topic: &str, why: &str) {
         let mut refused = self.refused.lock();
         match refused.get_mut(topic) {
@@ -101,7 +124,12 @@ impl Outflow {
     }
 
     fn say(&self, refused: &BTreeMap<String, String>) {
-        let sentences: Vec<String> = refused.iter().map(|(t, why)| format!("topic `{t}`: {why}")).collect();
+        let mut sentences: Vec<String> =
+            refused.iter().map(|(topic, why)| format!("topic `{topic}`: {why}")).collect();
+        if self.silent.load(Ordering::Relaxed) {
+            let (silence, records) = (self.producer.silent_for().as_secs(), self.in_flight());
+            sentences.push(format!("no acknowledgement for {silence} s, {records} records wait"));
+        }
         self.health.dependency(KAFKA, sentences.is_empty(), &sentences.join("; "));
     }
 }

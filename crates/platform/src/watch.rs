@@ -25,12 +25,11 @@ const INTERVAL: Duration = Duration::from_secs(2);
 pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
     let kafka = context.kafka();
     let mut probe = LagProbe::new(&kafka)?;
-    let admin = Admin::new(&kafka)?;
     let mut heartbeats = Heartbeats { reader: TopicReader::new(&kafka), newest: HashMap::new() };
     let mut retention = Retention::default();
     while !context.shutdown.is_requested() {
         let started = Instant::now();
-        let looked = look(context, &mut probe, &admin, &mut heartbeats, &mut retention);
+        let looked = look(context, &mut probe, &mut heartbeats, &mut retention);
         health.turned();
         match looked {
             Ok(()) => {
@@ -54,7 +53,6 @@ pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
 fn look(
     context: &Context,
     probe: &mut LagProbe,
-    admin: &Admin,
     heartbeats: &mut Heartbeats,
     retention: &mut Retention,
 ) -> Result<(), Failure> {
@@ -62,7 +60,7 @@ fn look(
     let now = WallClock.now();
     let cluster = context.config.kafka.cluster_name.as_str();
     publish_lag(cluster, &snapshot, now);
-    retention.refresh(admin, &snapshot)?;
+    retention.refresh(context, &snapshot)?;
     retention.publish(&snapshot, now);
     heartbeats.publish(context, now)
 }
@@ -129,14 +127,14 @@ struct Retention {
 impl Retention {
     const REFRESH: Duration = Duration::from_secs(60);
 
-    fn refresh(&mut self, admin: &Admin, snapshot: &LagSnapshot) -> Result<(), Failure> {
+    fn refresh(&mut self, context: &Context, snapshot: &LagSnapshot) -> Result<(), Failure> {
         if self.asked.is_some_and(|asked| asked.elapsed() < Self::REFRESH) {
             return Ok(());
         }
         let mut topics: Vec<&str> = snapshot.groups.iter().map(|lag| &*lag.partition.topic).collect();
         topics.sort_unstable();
         topics.dedup();
-        for state in admin.describe(&topics)? {
+        for state in Admin::new(&context.kafka())?.describe(&topics)? {
             let deletes = state.configs.get("cleanup.policy").is_some_and(|c| c.value.contains("delete"));
             let ms = state.configs.get("retention.ms").and_then(|c| c.value.parse::<i64>().ok());
             match ms.filter(|ms| deletes && *ms > 0) {

@@ -231,6 +231,7 @@ where
             PipelineEvent::Overtaken { partition, from, to } => self.overtaken(&partition, from, to)?,
             PipelineEvent::Stop { code, message } => return Err(self.stopped(code, message)),
             PipelineEvent::Idle => {}
+            PipelineEvent::Available => self.reached(),
             PipelineEvent::Unavailable(message) => {
                 self.signals.failed(&Failure::Dependency { dependency: "kafka", message });
                 self.reachable = Reach::No(Backoff::new(self.config.retry_least, self.config.retry_most));

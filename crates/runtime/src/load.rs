@@ -218,6 +218,7 @@ where
                 return Err(Stopped { stage: self.spec.group, code, message });
             }
             PipelineEvent::Idle => {}
+            PipelineEvent::Available => self.signals.works("kafka"),
             PipelineEvent::Unavailable(message) => {
                 self.signals.failed(&Failure::Dependency { dependency: "kafka", message });
             }

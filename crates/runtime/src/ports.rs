@@ -33,6 +33,8 @@ pub enum PipelineEvent {
     Idle,
     /// The source cannot deliver now; it goes on trying with bounded back-off and says so once.
     Unavailable(String),
+    /// The source can deliver again, where no record and no end of a partition said so.
+    Available,
     /// A partition does not hold what was read of it: a person must decide how to go on. It delivers nothing
     /// any more.
     Stop {
@@ -184,7 +186,7 @@ pub trait TableReader {
     /// since. The first call reads to the end; later calls return at once when there is nothing.
     ///
     /// # Errors
-    /// [`Failure::Dependency`]; the next call goes on where this one stopped.
+    /// [`Failure::Dependency`]; the next call may begin anew and pass again, in its order, what it passed before.
     fn follow(&mut self, topic: &str, each: &mut dyn FnMut(&Batch)) -> Result<(), Failure>;
 }
 
@@ -270,6 +272,9 @@ pub trait Ingress: Send + Sync {
 
     /// Returns how many records are not yet acknowledged.
     fn in_flight(&self) -> usize;
+
+    /// Returns for how long nothing was heard of any record while some were in flight; zero where none is.
+    fn silent_for(&self) -> Duration;
 }
 
 /// Why an [`Ingress`] did not take a record. Only the last may become a dead letter.

@@ -12,15 +12,15 @@
 
 mod membership;
 mod partition;
+mod positions;
 
 pub use membership::Membership;
 pub use partition::BatchBounds;
 
-use crate::bounds::{is_stale, list_offsets};
-use crate::config::{KafkaConfig, REQUEST_TIMEOUT, STABLE_TIMEOUT};
-use crate::failure::{dependency, failure, ffi_failure};
+use crate::config::KafkaConfig;
+use crate::failure::{dependency, failure};
 use crate::message::{bare_list, list};
-use crate::stall::{LOOK_WITHIN, StallWatch};
+use crate::stall::StallWatch;
 use membership::{Member, MemberConsumer, Rebalanced, Wake, assign, unassign};
 use partition::{Drained, Partition};
 use rdkafka::consumer::Consumer;
@@ -28,10 +28,9 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use throughline_kafka_ffi::{Entry, OffsetSpec, entries};
-use throughline_model::books::Books;
+use throughline_kafka_ffi::{OffsetSpec, entries};
 use throughline_model::record::TopicPartition;
-use throughline_runtime::ports::{BooksFound, Failure, PipelineEvent, Position, Source};
+use throughline_runtime::ports::{Failure, PipelineEvent, Position, Source};
 use tracing::{info, warn};
 
 /// The longest sleep between two looks into the queues: librdkafka's wake-ups are not relied on alone.
@@ -42,9 +41,6 @@ const REBUILD_BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Durat
 const LEAVE_WITHIN: Duration = Duration::from_secs(3);
 /// A position that does not exist any more; described among the codes of the runtime.
 const PAST_END: &str = "TL-KAFKA-010";
-/// After this many questions in a row without an answer of use the client is made anew: its connection to the
-/// coordinator, or its idea of the leaders, may be lost for good.
-const UNANSWERED_MAX: u32 = 2;
 /// How long a seek may take; it is local but for the broker thread's turn.
 const SEEK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the main queue is served in one turn; each serve takes one event.
@@ -70,9 +66,13 @@ pub struct GroupSource {
     events: VecDeque<PipelineEvent>,
     /// A trouble is reported once until records flow again.
     troubled: bool,
+    /// Whether no broker could be reached since something was heard of one.
+    away: bool,
     stalls: StallWatch<TopicPartition>,
     /// How often in a row Kafka gave no answer of use.
     unanswered: u32,
+    /// How often in a row a look for stalls saw nothing.
+    blind_looks: u32,
     rebuild_at: Instant,
     backoff: Duration,
 }
@@ -101,8 +101,10 @@ impl GroupSource {
             turn: 0,
             events: VecDeque::new(),
             troubled: false,
+            away: false,
             stalls: StallWatch::new(),
             unanswered: 0,
+            blind_looks: 0,
             rebuild_at: Instant::now(),
             backoff: REBUILD_BACKOFF.0,
         };
@@ -138,7 +140,7 @@ impl GroupSource {
         let lost: Vec<_> = self.partitions.drain(..).map(|p| p.name).collect();
         self.revoking.clear();
         self.stalls.clear();
-        self.unanswered = 0;
+        (self.unanswered, self.blind_looks) = (0, 0);
         self.membership.set(None);
         self.member = None;
         self.rebuild_at = Instant::now() + self.backoff;
@@ -154,6 +156,12 @@ impl GroupSource {
             self.troubled = true;
             self.events.push_back(PipelineEvent::Unavailable(why));
         }
+    }
+
+    /// Notes that the cluster delivers.
+    fn heard(&mut self) {
+        (self.troubled, self.away) = (false, false);
+        self.backoff = REBUILD_BACKOFF.0;
     }
 
     /// Serves rebalances, errors and log lines, and with them the group's liveness.
@@ -193,6 +201,7 @@ impl GroupSource {
                 | RDKafkaErrorCode::Resolve
                 | RDKafkaErrorCode::OperationTimedOut => {}
                 RDKafkaErrorCode::AllBrokersDown => {
+                    self.away = true;
                     self.trouble(format!("no Kafka broker can be reached at {}", self.config.bootstrap));
                 }
                 // Comes with the loss of the assignment, which says it all.
@@ -293,14 +302,12 @@ impl GroupSource {
                 Drained::Empty => {}
                 Drained::Records(batch) => {
                     self.stalls.delivered(&name);
-                    self.troubled = false;
-                    self.backoff = REBUILD_BACKOFF.0;
+                    self.heard();
                     return Some(PipelineEvent::Records(batch));
                 }
                 Drained::End => {
                     self.stalls.reached_end(&name);
-                    self.troubled = false;
-                    self.backoff = REBUILD_BACKOFF.0;
+                    self.heard();
                     return Some(PipelineEvent::CaughtUp(name));
                 }
                 Drained::OutOfRange => {
@@ -318,26 +325,6 @@ impl GroupSource {
             }
         }
         None
-    }
-
-    /// Makes the consumer anew where a partition delivers nothing of what it holds. While Kafka does not answer
-    /// nothing is known.
-    fn look_for_stalls(&mut self) {
-        let delivering: Vec<_> =
-            self.partitions.iter().filter(|p| p.delivers()).map(|p| (p.name.clone(), p.next)).collect();
-        let asked: Vec<(&str, i32)> =
-            delivering.iter().map(|(name, _)| (&*name.topic, name.partition)).collect();
-        let Ok(consumer) = self.consumer() else { return };
-        let found = list_offsets(consumer.client(), &asked, OffsetSpec::Latest, true, LOOK_WITHIN);
-        let Ok(found) = found else { return };
-        let ends = delivering.iter().filter_map(|(name, next)| {
-            let of = |e: &&Entry| *e.topic == *name.topic && e.partition == name.partition;
-            let end = found.iter().find(of).filter(|e| e.error.is_none())?.offset;
-            Some((name.clone(), *next, end))
-        });
-        if let Some(name) = self.stalls.look(ends) {
-            self.give_up(&format!("{name} delivers nothing of what it holds: the client lost its leader"));
-        }
     }
 
     /// The position does not exist. Before the beginning, retention overtook it: say so and go on. Anywhere
@@ -364,68 +351,6 @@ impl GroupSource {
                 self.events.push_back(PipelineEvent::Stop { code: PAST_END, message });
             }
             (Err(error), _) | (_, Err(error)) => self.give_up(&format!("{name}: {error}")),
-        }
-    }
-
-    /// Returns the partitions with the position to begin at, −1 replaced by the earliest one.
-    fn resolved(
-        &mut self,
-        partitions: &[(TopicPartition, i64)],
-    ) -> Result<Vec<(TopicPartition, i64)>, Failure> {
-        let open = partitions.iter().filter(|(_, next)| *next < 0);
-        let asked: Vec<(&str, i32)> = open.map(|(name, _)| (&*name.topic, name.partition)).collect();
-        let what = "cannot ask for the bounds of the partitions to begin";
-        let mut found = Vec::new();
-        if !asked.is_empty() {
-            let client = self.consumer()?.client();
-            let answered = list_offsets(client, &asked, OffsetSpec::Earliest, false, REQUEST_TIMEOUT);
-            found = answered.map_err(|e| ffi_failure(what, &e))?;
-        }
-        let mut begins = Vec::with_capacity(partitions.len());
-        for (name, next) in partitions {
-            let answer = found.iter().find(|e| *e.topic == *name.topic && e.partition == name.partition);
-            let next = match answer {
-                _ if *next >= 0 => *next,
-                None => return Err(dependency(format!("{what}: no answer for {name}"))),
-                Some(entry) => match entry.error {
-                    Some(code) => {
-                        if is_stale(code) {
-                            self.count_unanswered(&format!("it does not find the leader of {name}"));
-                        }
-                        return Err(crate::failure::by_code(what, code, &format!("{name}: {code}")));
-                    }
-                    None => entry.offset,
-                },
-            };
-            begins.push((name.clone(), next));
-        }
-        Ok(begins)
-    }
-
-    /// Counts a question without an answer of use and makes the client anew after several in a row, unless
-    /// Kafka answers nothing at all.
-    fn count_unanswered(&mut self, why: &str) {
-        self.unanswered += 1;
-        let kafka_answers = || self.consumer().is_ok_and(|c| c.fetch_metadata(None, LOOK_WITHIN).is_ok());
-        if self.unanswered > UNANSWERED_MAX && kafka_answers() {
-            self.give_up(why);
-        }
-    }
-
-    fn earliest(&self, name: &TopicPartition) -> Result<i64, Failure> {
-        self.end_of(name, OffsetSpec::Earliest)
-    }
-
-    fn end_of(&self, name: &TopicPartition, spec: OffsetSpec) -> Result<i64, Failure> {
-        let consumer = self.consumer()?;
-        let asked = [(&*name.topic, name.partition)];
-        let what = format!("cannot ask for the bounds of {name}");
-        let found = list_offsets(consumer.client(), &asked, spec, false, REQUEST_TIMEOUT);
-        let entry = found.map_err(|e| ffi_failure(&what, &e))?.into_iter().next();
-        let entry = entry.ok_or_else(|| dependency(format!("{what}: no answer")))?;
-        match entry.error {
-            Some(code) => Err(crate::failure::by_code(&what, code, &code.to_string())),
-            None => Ok(entry.offset),
         }
     }
 
@@ -498,48 +423,7 @@ impl Source for GroupSource {
     }
 
     fn committed(&mut self, partitions: &[TopicPartition]) -> Result<Vec<Position>, Failure> {
-        let consumer = Arc::clone(self.consumer()?);
-        let deadline = Instant::now() + STABLE_TIMEOUT;
-        let what = format!("cannot read the committed offsets of group `{}`", self.group);
-        loop {
-            let asked = consumer.committed_offsets(bare_list(partitions), REQUEST_TIMEOUT);
-            let found = asked.map(|l| entries(&l));
-            let unstable = Some(RDKafkaErrorCode::UnstableOffsetCommit);
-            let wait = match &found {
-                Ok(entries) => entries.iter().any(|e| e.error == unstable),
-                Err(error) => error.rdkafka_error_code() == unstable,
-            };
-            if wait && Instant::now() < deadline {
-                // An open transaction holds the offsets; it ends within its time-out.
-                self.serve();
-                self.wake.wait(Duration::from_millis(20));
-                self.wake.reset();
-                continue;
-            }
-            if let Err(error) = &found {
-                self.count_unanswered(&format!(
-                    "the group's coordinator does not serve this client: {error}"
-                ));
-            }
-            let entries = found.map_err(|e| match e.rdkafka_error_code() {
-                // librdkafka itself asks again while they are unstable, and then says this.
-                Some(RDKafkaErrorCode::OperationTimedOut) => dependency(format!(
-                    "{what}: no answer within {} s; where Kafka answers otherwise, a transaction that never \
-                     ends holds them (KAFKA-20734 after a broker of Kafka 4.3.0 or 4.3.1 was killed)",
-                    REQUEST_TIMEOUT.as_secs()
-                )),
-                _ => failure(&what, &e),
-            })?;
-            if let Some(code) = entries.iter().find_map(|e| e.error) {
-                return Err(crate::failure::by_code(&what, code, &code.to_string()));
-            }
-            let position = |name: &TopicPartition| {
-                let entry = entries.iter().find(|e| *e.topic == *name.topic && e.partition == name.partition);
-                entry.map_or_else(|| position_of(-1, &[]), |e| position_of(e.offset, &e.metadata))
-            };
-            self.unanswered = 0;
-            return Ok(partitions.iter().map(position).collect());
-        }
+        self.ask_committed(partitions)
     }
 
     fn start(&mut self, partitions: &[(TopicPartition, i64)]) -> Result<(), Failure> {
@@ -600,40 +484,6 @@ impl Drop for GroupSource {
             && !member.leave_within(LEAVE_WITHIN)
         {
             info!(group = self.group, "left without an answer: the partitions move when the session ends");
-        }
-    }
-}
-
-fn position_of(offset: i64, metadata: &[u8]) -> Position {
-    if offset < 0 {
-        return Position { next: -1, books: BooksFound::New };
-    }
-    let text = String::from_utf8_lossy(metadata);
-    let books = match Books::from_metadata(&text) {
-        Ok(books) => BooksFound::Ours(books),
-        Err(foreign) => BooksFound::Foreign(foreign.0),
-    };
-    Position { next: offset, books }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn committed_metadata_is_ours_foreign_or_new() {
-        let books = Books::open("v-1");
-        assert_eq!(
-            position_of(5, books.to_metadata().as_bytes()),
-            Position { next: 5, books: BooksFound::Ours(books) }
-        );
-        for (offset, metadata, found) in [
-            (-1001, b"".as_slice(), Position { next: -1, books: BooksFound::New }),
-            (3, b"", Position { next: 3, books: BooksFound::Foreign(String::new()) }),
-            (3, b"kcat", Position { next: 3, books: BooksFound::Foreign("kcat".to_owned()) }),
-            (3, b"\xff", Position { next: 3, books: BooksFound::Foreign("\u{fffd}".to_owned()) }),
-        ] {
-            assert_eq!(position_of(offset, metadata), found, "{metadata:?}");
         }
     }
 }

@@ -106,7 +106,7 @@ impl EmbeddedRegistry {
 }
 
 /// Reads the topic to its end. A broker that comes back after a hard kill first answers with errors that
-/// pass, such as an unknown leader epoch: `follow` goes on where it stopped.
+/// pass, such as an unknown leader epoch: `follow` begins anew, and what is applied twice changes nothing.
 fn read_back(reader: &mut impl TableReader, state: &mut State) -> Result<(), LocalError> {
     let limit = Instant::now() + READ_BACK_WITHIN;
     loop {

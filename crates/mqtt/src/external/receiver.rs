@@ -336,6 +336,7 @@ impl Receiver {
             self.reset();
         }
         self.open.set(self.ring.len() as f64);
+        self.parts.outflow.report();
         self.parts.health.turned();
         self.parts.health.note(
             EXTERNAL,

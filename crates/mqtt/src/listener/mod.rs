@@ -112,6 +112,7 @@ impl Shared {
         self.gauges.buffer_messages.set(in_flight as f64);
         self.gauges.buffer_bytes.set(bytes as f64);
         self.gauges.aside_messages.set(asides as f64);
+        self.outflow.report();
         self.health.turned();
         self.health.note(
             "listener",

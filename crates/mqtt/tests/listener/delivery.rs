@@ -2,6 +2,7 @@
 
 use super::support::*;
 use super::{TELEMETRY_DLT, UNMATCHED};
+use std::time::Duration;
 use throughline_model::topics::{DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1, SERVICE_PLATFORM_LOCATOR_V1};
 use throughline_mqtt::inbox::Token;
 use throughline_runtime::ports::Fate;
@@ -182,6 +183,18 @@ fn a_record_that_kafka_does_not_take_is_dead_lettered_or_closes_the_connection()
 }
 
 /// A topic that is missing, or that we may not write to, is the platform's fault: nothing is dead-lettered.
+#[test]
+fn health_says_for_how_long_kafka_acknowledged_nothing() {
+    let rig = Rig::start();
+    until("Kafka to be up", || rig.dependency("kafka")["up"] == true);
+    rig.memory.is_silent_for(Duration::from_secs(47));
+    until("Kafka to be down", || rig.dependency("kafka")["up"] == false);
+    let said = rig.dependency("kafka")["message"].to_string();
+    assert!(said.contains("no acknowledgement for 47 s"), "{said}");
+    rig.memory.is_silent_for(Duration::ZERO);
+    until("Kafka to be up again", || rig.dependency("kafka")["up"] == true);
+}
+
 #[test]
 fn a_topic_that_takes_nothing_holds_its_own_publishes_and_no_others() {
     let rig = Rig::start();

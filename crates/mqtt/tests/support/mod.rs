@@ -50,6 +50,7 @@ struct State {
     closed: Vec<String>,
     /// Topics that take no record ever.
     broken: Vec<String>,
+    silent_for: Duration,
 }
 
 /// Kafka, in memory.
@@ -60,6 +61,11 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// Kafka was not heard of for so long.
+    pub fn is_silent_for(&self, silence: Duration) {
+        self.state.lock().silent_for = silence;
+    }
+
     /// From now on acknowledgements wait for [`Memory::answer`].
     pub fn hold(&self) {
         self.state.lock().hold = true;
@@ -185,6 +191,10 @@ impl Ingress for Memory {
 
     fn in_flight(&self) -> usize {
         self.state.lock().sent.iter().filter(|s| !s.answered).count()
+    }
+
+    fn silent_for(&self) -> Duration {
+        self.state.lock().silent_for
     }
 }
 
