@@ -23,6 +23,7 @@ use crate::message::{bare_list, list};
 use crate::stall::StallWatch;
 use membership::{Member, MemberConsumer, Rebalanced, Wake, assign, unassign};
 use partition::{Drained, Partition};
+use positions::Unanswered;
 use rdkafka::consumer::Consumer;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use std::collections::VecDeque;
@@ -69,10 +70,7 @@ pub struct GroupSource {
     /// Whether no broker could be reached since something was heard of one.
     away: bool,
     stalls: StallWatch<TopicPartition>,
-    /// How often in a row Kafka gave no answer of use.
-    unanswered: u32,
-    /// How often in a row a look for stalls saw nothing.
-    blind_looks: u32,
+    unanswered: Unanswered,
     rebuild_at: Instant,
     backoff: Duration,
 }
@@ -103,8 +101,7 @@ impl GroupSource {
             troubled: false,
             away: false,
             stalls: StallWatch::new(),
-            unanswered: 0,
-            blind_looks: 0,
+            unanswered: Unanswered::default(),
             rebuild_at: Instant::now(),
             backoff: REBUILD_BACKOFF.0,
         };
@@ -140,7 +137,7 @@ impl GroupSource {
         let lost: Vec<_> = self.partitions.drain(..).map(|p| p.name).collect();
         self.revoking.clear();
         self.stalls.clear();
-        (self.unanswered, self.blind_looks) = (0, 0);
+        self.unanswered = Unanswered::default();
         self.membership.set(None);
         self.member = None;
         self.rebuild_at = Instant::now() + self.backoff;

@@ -16,9 +16,17 @@ use throughline_model::books::Books;
 use throughline_model::record::TopicPartition;
 use throughline_runtime::ports::{BooksFound, Failure, PipelineEvent, Position};
 
-/// After this many questions in a row without an answer of use the client is made anew: its connection to the
-/// coordinator, or its idea of the leaders, may be lost for good.
+/// After this many questions in a row without an answer of use, and one more, the client is made anew: its
+/// connection to the coordinator, or its idea of the leaders, may be lost for good.
 const UNANSWERED_MAX: u32 = 2;
+
+/// How often in a row Kafka gave no answer of use, by question: some may be answered while others are not.
+#[derive(Debug, Default)]
+pub(super) struct Unanswered {
+    committed: u32,
+    bounds: u32,
+    ends: u32,
+}
 
 impl GroupSource {
     pub(super) fn ask_committed(&mut self, partitions: &[TopicPartition]) -> Result<Vec<Position>, Failure> {
@@ -41,9 +49,9 @@ impl GroupSource {
                 continue;
             }
             if let Err(error) = &found {
-                self.count_unanswered(&format!(
-                    "the group's coordinator does not serve this client: {error}"
-                ));
+                self.unanswered.committed += 1;
+                let why = format!("the group's coordinator does not serve this client: {error}");
+                self.give_up_after_many(self.unanswered.committed, &why);
             }
             let entries = found.map_err(|e| match e.rdkafka_error_code() {
                 // librdkafka itself asks again while they are unstable, and then says this.
@@ -61,7 +69,7 @@ impl GroupSource {
                 let entry = entries.iter().find(|e| *e.topic == *name.topic && e.partition == name.partition);
                 entry.map_or_else(|| position_of(-1, &[]), |e| position_of(e.offset, &e.metadata))
             };
-            self.unanswered = 0;
+            self.unanswered.committed = 0;
             return Ok(partitions.iter().map(position).collect());
         }
     }
@@ -89,7 +97,9 @@ impl GroupSource {
                 Some(entry) => match entry.error {
                     Some(code) => {
                         if is_stale(code) {
-                            self.count_unanswered(&format!("it does not find the leader of {name}"));
+                            self.unanswered.bounds += 1;
+                            let why = format!("it does not find the leader of {name}: {code}");
+                            self.give_up_after_many(self.unanswered.bounds, &why);
                         }
                         return Err(by_code(what, code, &format!("{name}: {code}")));
                     }
@@ -98,14 +108,8 @@ impl GroupSource {
             };
             begins.push((name.clone(), next));
         }
+        self.unanswered.bounds = 0;
         Ok(begins)
-    }
-
-    /// Counts a question without an answer of use and makes the client anew after several in a row, unless
-    /// Kafka answers nobody: then it begins to count anew.
-    pub(super) fn count_unanswered(&mut self, why: &str) {
-        self.unanswered += 1;
-        self.give_up_after_many(self.unanswered, why);
     }
 
     /// Compares what the partitions delivered with what they hold, and makes the consumer anew where one
@@ -117,11 +121,11 @@ impl GroupSource {
             Ok(found) => found,
             Err(_) if self.member.is_none() => return,
             Err(why) => {
-                self.blind_looks += 1;
-                return self.give_up_after_many(self.blind_looks, &why);
+                self.unanswered.ends += 1;
+                return self.give_up_after_many(self.unanswered.ends, &why);
             }
         };
-        self.blind_looks = 0;
+        self.unanswered.ends = 0;
         if std::mem::take(&mut self.away) {
             self.troubled = false;
             self.events.push_back(PipelineEvent::Available);
@@ -156,6 +160,8 @@ impl GroupSource {
         }
     }
 
+    /// Makes the client anew where a question was not answered several times in a row, unless Kafka answers
+    /// nobody: then counting begins anew.
     fn give_up_after_many(&mut self, unanswered: u32, why: &str) {
         if unanswered <= UNANSWERED_MAX {
             return;
@@ -163,7 +169,7 @@ impl GroupSource {
         if bystander::kafka_answers(&self.config) {
             self.give_up(&format!("{why}, though Kafka answers others"));
         } else {
-            (self.unanswered, self.blind_looks) = (0, 0);
+            self.unanswered = Unanswered::default();
         }
     }
 

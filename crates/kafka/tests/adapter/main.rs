@@ -2,6 +2,7 @@
 
 mod common;
 mod conformance;
+mod forgotten;
 mod groups;
 mod ingress;
 mod operators;
