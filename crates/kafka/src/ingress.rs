@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use throughline_model::record::Outgoing;
@@ -138,6 +139,10 @@ struct Deliveries {
     closed: Arc<ClosedTopics>,
     /// Set with each report, taken by the thread that looks for a stall.
     reported: AtomicBool,
+    /// Set where Kafka took a record, or refused it for itself.
+    answered: AtomicBool,
+    /// Set where a record failed.
+    failed: AtomicBool,
     /// Set where a record waited too long, though others may have been reported meanwhile.
     timed_out: AtomicBool,
 }
@@ -158,6 +163,9 @@ impl ProducerContext for Deliveries {
     fn delivery(&self, result: &DeliveryResult<'_>, token: usize) {
         use RDKafkaErrorCode as Code;
         self.reported.store(true, Ordering::Relaxed);
+        let fate = fate_of(result);
+        let heard = if fate == Fate::Failed { &self.failed } else { &self.answered };
+        heard.store(true, Ordering::Relaxed);
         if result.as_ref().is_err_and(|(e, _)| e.rdkafka_error_code() == Some(Code::MessageTimedOut)) {
             self.timed_out.store(true, Ordering::Relaxed);
         }
@@ -174,7 +182,7 @@ impl ProducerContext for Deliveries {
         if Sabotage::AcknowledgeEarly.is_chosen() {
             return;
         }
-        (self.callback)(token as u64, fate_of(result));
+        (self.callback)(token as u64, fate);
     }
 }
 
@@ -295,6 +303,8 @@ fn make(
         callback: Arc::clone(callback),
         closed: Arc::clone(closed),
         reported: AtomicBool::new(false),
+        answered: AtomicBool::new(false),
+        failed: AtomicBool::new(false),
         timed_out: AtomicBool::new(false),
     };
     BaseProducer::from_config_and_context(&client, context).map_err(|e| refused_config(&e))
@@ -302,7 +312,8 @@ fn make(
 
 fn serve(shared: &Shared) {
     let mut asked = Instant::now();
-    let mut stall = Stall::new();
+    let mut silence = Silence { since: Instant::now(), failed: false };
+    let mut stall = Stall::new(STALLED_AFTER);
     while !shared.stop.load(Ordering::Acquire) {
         let producer = Arc::clone(&shared.producer.read());
         producer.poll(TURN);
@@ -310,13 +321,19 @@ fn serve(shared: &Shared) {
             shared.closed.ask(&producer);
             asked = Instant::now();
         }
+        let silent_ms = u64::try_from(silence.look(&producer).as_millis()).unwrap_or(u64::MAX);
+        shared.silent_ms.store(silent_ms, Ordering::Relaxed);
         let fatal = producer.client().fatal_error().map(|(code, why)| format!("{code}: {why}"));
         let stalled = stall.look(&producer, &shared.config).then(|| STALLED.to_owned());
-        let silent_ms = u64::try_from(stall.progress.elapsed().as_millis()).unwrap_or(u64::MAX);
-        shared.silent_ms.store(silent_ms, Ordering::Relaxed);
         if let Some(why) = fatal.or(stalled) {
             warn!("the bridge's Kafka producer is made anew: {why}");
-            stall = Stall::new();
+            // Where that did not help, the next one is given longer.
+            let longest = Duration::from_millis(shared.tuning.produce_timeout_ms.into());
+            let helped = silence.since > stall.begun;
+            let next = if helped { STALLED_AFTER } else { (stall.after * 2).min(longest.max(STALLED_AFTER)) };
+            stall = Stall::new(next);
+            // Whatever the old one held fails now.
+            silence.failed = true;
             match make(&shared.config, &shared.tuning, &shared.callback, &shared.closed) {
                 Ok(renewed) => {
                     *shared.producer.write() = Arc::new(renewed);
@@ -328,9 +345,35 @@ fn serve(shared: &Shared) {
     }
 }
 
+/// For how long Kafka answered nothing while records waited.
+struct Silence {
+    /// When Kafka answered last, or nothing was to be answered.
+    since: Instant,
+    /// Whether a record failed since.
+    failed: bool,
+}
+
+impl Silence {
+    fn look(&mut self, producer: &BaseProducer<Deliveries>) -> Duration {
+        let reports = producer.client().context();
+        self.failed |= reports.failed.swap(false, Ordering::Relaxed);
+        if reports.answered.swap(false, Ordering::Relaxed) {
+            (self.since, self.failed) = (Instant::now(), false);
+        } else if producer.in_flight_count() == 0 && !self.failed {
+            self.since = Instant::now();
+        }
+        self.since.elapsed()
+    }
+}
+
 /// Whether a producer reports what it could.
 struct Stall {
+    begun: Instant,
+    /// How long the cluster must be ready in vain.
+    after: Duration,
     looked: Instant,
+    /// The answer of a look that is under way; the thread that serves deliveries does not wait for it.
+    looking: Option<Receiver<bool>>,
     /// Since when the cluster could have taken every record, as far as was looked.
     ready: Option<Instant>,
     /// When a record was reported last, or none was in flight.
@@ -340,9 +383,9 @@ struct Stall {
 }
 
 impl Stall {
-    fn new() -> Self {
+    fn new(after: Duration) -> Self {
         let now = Instant::now();
-        Self { looked: now, ready: None, progress: now, timed_out: false }
+        Self { begun: now, after, looked: now, looking: None, ready: None, progress: now, timed_out: false }
     }
 
     /// Says whether the producer stalls. An outage is none: its time does not count. Whether there is one is
@@ -353,20 +396,40 @@ impl Stall {
         if reports.reported.swap(false, Ordering::Relaxed) || producer.in_flight_count() == 0 {
             self.progress = Instant::now();
         }
-        let waits = self.timed_out || self.progress.elapsed() >= LOOK_EVERY;
-        if !waits {
+        if !self.timed_out && self.progress.elapsed() < LOOK_EVERY {
             self.ready = None;
-        } else if self.looked.elapsed() >= LOOK_EVERY {
-            if every_partition_has_a_leader(config) {
-                self.ready.get_or_insert_with(Instant::now);
-            } else {
-                (self.ready, self.timed_out) = (None, false);
-            }
-            self.looked = Instant::now();
+            self.looking = None;
+            return false;
         }
-        let is_long = |since: Instant| since.elapsed() >= STALLED_AFTER;
+        match self.looking.as_ref().map(Receiver::try_recv) {
+            Some(Ok(true)) => {
+                self.ready.get_or_insert_with(Instant::now);
+                self.looking = None;
+            }
+            Some(Ok(false) | Err(TryRecvError::Disconnected)) => {
+                (self.ready, self.timed_out, self.looking) = (None, false, None);
+            }
+            Some(Err(TryRecvError::Empty)) => {}
+            None if self.looked.elapsed() >= LOOK_EVERY => {
+                self.looked = Instant::now();
+                self.looking = begin_look(config);
+            }
+            None => {}
+        }
+        let is_long = |since: Instant| since.elapsed() >= self.after;
         self.ready.is_some_and(is_long) && (self.timed_out || is_long(self.progress))
     }
+}
+
+/// Asks on a thread of its own whether the cluster could take every record.
+fn begin_look(config: &KafkaConfig) -> Option<Receiver<bool>> {
+    let (answer, looking) = mpsc::channel();
+    let config = config.clone();
+    let ask = move || {
+        let _nobody_waits_any_more = answer.send(every_partition_has_a_leader(&config));
+    };
+    let begun = std::thread::Builder::new().name("kafka-look".to_owned()).spawn(ask);
+    begun.map_err(|e| warn!("no thread to look at the cluster on: {e}")).ok().map(|_ends_by_itself| looking)
 }
 
 /// Gives up what is queued or in flight, so that each token is reported.

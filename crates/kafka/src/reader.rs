@@ -11,9 +11,12 @@ use std::time::{Duration, Instant};
 use throughline_kafka_ffi::OffsetSpec;
 use throughline_model::record::{Batch, TopicPartition};
 use throughline_runtime::ports::{Failure, TableReader};
+use tracing::warn;
 
 /// How long nothing may come before the read is given up. Restoring itself may take longer.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(15);
+/// Of a table that is read anew at most so much is held back until all of it is there.
+const HELD_BYTES_MAX: usize = 64 << 20;
 /// A leader that is not found so often in a row, and once more, is lost; for a moment without one is usual.
 const BLIND_LOOKS_MAX: u32 = 2;
 
@@ -46,7 +49,9 @@ impl Followed {
             return None;
         }
         self.blind_looks = 0;
-        bystander::kafka_answers(config).then_some(*lost)
+        let topic = self.tail.topic();
+        let asked: Vec<_> = partitions.iter().map(|number| (topic, *number)).collect();
+        bystander::partitions_answer(config, &asked).then_some(*lost)
     }
 }
 
@@ -56,12 +61,31 @@ pub struct TopicReader {
     /// The reader of the topic restored last: a stage has one changelog.
     restoring: Option<(Arc<str>, Tail)>,
     followed: HashMap<String, Followed>,
+    /// The tables that were read to their end before.
+    was_read: HashSet<String>,
 }
 
 impl TopicReader {
     /// Prepares a reader; connects with the first read.
     pub fn new(config: &KafkaConfig) -> Self {
-        Self { config: config.clone(), restoring: None, followed: HashMap::new() }
+        Self { config: config.clone(), restoring: None, followed: HashMap::new(), was_read: HashSet::new() }
+    }
+
+    /// Reads a table again with a new client and passes it on at once, when all of it is there: nobody shall
+    /// see it as it was long ago. Beyond a bound it is passed on as it comes.
+    fn read_anew(&self, topic: &str, each: &mut dyn FnMut(&Batch)) -> Result<Followed, Failure> {
+        warn!(topic, "a table is read anew, with a new Kafka client");
+        let mut followed = self.begin_following(topic)?;
+        let (mut held, mut bytes) = (Vec::new(), 0);
+        followed.take(&self.config, topic, &mut |batch| {
+            bytes += batch.bytes_held();
+            held.push(batch.clone());
+            if bytes > HELD_BYTES_MAX {
+                held.drain(..).for_each(|batch| each(&batch));
+            }
+        })?;
+        held.iter().for_each(&mut *each);
+        Ok(followed)
     }
 
     fn begin_following(&self, topic: &str) -> Result<Followed, Failure> {
@@ -109,25 +133,35 @@ impl TableReader for TopicReader {
     }
 
     fn follow(&mut self, topic: &str, each: &mut dyn FnMut(&Batch)) -> Result<(), Failure> {
-        let mut followed = match self.followed.remove(topic) {
-            Some(followed) => followed,
-            None => self.begin_following(topic)?,
+        let followed = match self.followed.remove(topic) {
+            Some(mut followed) => match followed.take(&self.config, topic, each)? {
+                None => followed,
+                Some(number) => self.read_anew(topic, each).unwrap_or_else(|failure| {
+                    warn!("{topic}/{number} delivers nothing, and cannot be read anew: {failure}");
+                    followed
+                }),
+            },
+            None if self.was_read.contains(topic) => self.read_anew(topic, each)?,
+            None => {
+                let mut followed = self.begin_following(topic)?;
+                followed.take(&self.config, topic, each)?;
+                self.was_read.insert(topic.to_owned());
+                followed
+            }
         };
-        // After a failure the next call reads the table anew, with a client that finds its leaders.
-        followed.take(&self.config, topic, each)?;
         self.followed.insert(topic.to_owned(), followed);
         Ok(())
     }
 }
 
 impl Followed {
-    /// Takes what has come; the first time, all there is.
+    /// Takes what has come; the first time, all there is. Returns a partition that is stalled.
     fn take(
         &mut self,
         config: &KafkaConfig,
         topic: &str,
         each: &mut dyn FnMut(&Batch),
-    ) -> Result<(), Failure> {
+    ) -> Result<Option<i32>, Failure> {
         let mut deadline = Instant::now() + PROGRESS_TIMEOUT;
         loop {
             let wait = if self.behind.is_empty() { Duration::ZERO } else { Duration::from_millis(100) };
@@ -144,8 +178,7 @@ impl Followed {
                     self.stalls.reached_end(&partition);
                 }
                 Tailed::Nothing if self.behind.is_empty() => {
-                    let Some(number) = self.stalled(config) else { return Ok(()) };
-                    return Err(stalled(&TopicPartition::new(topic, number)));
+                    return Ok(self.stalled(config));
                 }
                 Tailed::Nothing if Instant::now() > deadline => {
                     let number = self.behind.iter().next().copied().unwrap_or_default();

@@ -54,6 +54,10 @@ impl Tail {
         Ok(Self { consumer, topic: topic.into(), after: None })
     }
 
+    pub(crate) fn topic(&self) -> &str {
+        &self.topic
+    }
+
     /// Reads other partitions from now on, each from the offset given; what was fetched is forgotten.
     pub(crate) fn assign(&mut self, partitions: &[(i32, i64)]) -> Result<(), Failure> {
         self.after = None;

@@ -94,7 +94,7 @@ impl Outflow {
                     "Kafka acknowledges nothing for {} s: publishes wait",
                     silence.as_secs()
                 ),
-                false => tracing::info!("Kafka acknowledges records again"),
+                false => tracing::info!("Kafka acknowledges again, or nothing waits for it"),
             }
         }
         self.say(&self.refused.lock());

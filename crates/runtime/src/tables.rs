@@ -35,7 +35,7 @@ impl Tables {
     /// Passes what is new in the tables to the stage, at most every 100 ms.
     ///
     /// # Errors
-    /// [`Failure::Dependency`]; the next call goes on where this one stopped.
+    /// [`Failure::Dependency`]; the next call may pass again what this one passed.
     pub(crate) fn follow<D: Decide, R: TableReader, Q: SchemaSource>(
         &mut self,
         stage: &mut D,

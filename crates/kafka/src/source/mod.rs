@@ -67,7 +67,7 @@ pub struct GroupSource {
     events: VecDeque<PipelineEvent>,
     /// A trouble is reported once until records flow again.
     troubled: bool,
-    /// Whether no broker could be reached since something was heard of one.
+    /// Whether the trouble is over once the cluster answers a question.
     away: bool,
     stalls: StallWatch<TopicPartition>,
     unanswered: Unanswered,
@@ -145,6 +145,7 @@ impl GroupSource {
         if !lost.is_empty() {
             self.events.push_back(PipelineEvent::Lost(lost));
         }
+        self.away = true;
         self.trouble(why.to_owned());
     }
 
@@ -166,12 +167,16 @@ impl GroupSource {
         let mut idle = 0;
         for _ in 0..SERVES_PER_TURN {
             let Some(consumer) = self.member.as_ref().map(|m| Arc::clone(m.consumer())) else { return };
-            match consumer.poll(Duration::ZERO) {
-                // Fetched before its queue was split off; the seek of `start` fetches it again.
-                Some(Ok(_)) => idle = 0,
+            // What was fetched before its queue was split off is fetched again by the seek of `start`.
+            let polled = consumer.poll(Duration::ZERO).map(|polled| polled.map(drop));
+            match polled {
+                Some(Ok(())) => idle = 0,
                 Some(Err(error)) => {
                     idle = 0;
+                    // What gives the member up closes it, and not on this thread.
+                    drop(consumer);
                     self.on_error(&error);
+                    continue;
                 }
                 None => idle += 1,
             }
@@ -207,7 +212,10 @@ impl GroupSource {
                     "a topic of {} does not exist: `throughline topics apply` makes it",
                     self.topics.join(", ")
                 )),
-                _ => self.trouble(format!("Kafka cannot be read: {code}")),
+                _ => {
+                    self.away = true;
+                    self.trouble(format!("Kafka cannot be read: {code}"));
+                }
             },
             other => self.trouble(format!("Kafka cannot be read: {other}")),
         }

@@ -8,7 +8,7 @@ use crate::failure::{by_code, dependency, failure, ffi_failure};
 use crate::message::bare_list;
 use crate::stall::LOOK_WITHIN;
 use rdkafka::consumer::Consumer;
-use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use throughline_kafka_ffi::{Entry, OffsetSpec, entries};
@@ -48,20 +48,14 @@ impl GroupSource {
                 self.wake.reset();
                 continue;
             }
-            if let Err(error) = &found {
-                self.unanswered.committed += 1;
-                let why = format!("the group's coordinator does not serve this client: {error}");
-                self.give_up_after_many(self.unanswered.committed, &why);
-            }
-            let entries = found.map_err(|e| match e.rdkafka_error_code() {
-                // librdkafka itself asks again while they are unstable, and then says this.
-                Some(RDKafkaErrorCode::OperationTimedOut) => dependency(format!(
-                    "{what}: no answer within {} s; where Kafka answers otherwise, a transaction that never \
-                     ends holds them (KAFKA-20734 after a broker of Kafka 4.3.0 or 4.3.1 was killed)",
-                    REQUEST_TIMEOUT.as_secs()
-                )),
-                _ => failure(&what, &e),
-            })?;
+            let entries = match found {
+                Ok(entries) => entries,
+                Err(error) => {
+                    // The last handle would be closed by this thread.
+                    drop(consumer);
+                    return Err(self.not_committed(&what, &error));
+                }
+            };
             if let Some(code) = entries.iter().find_map(|e| e.error) {
                 return Err(by_code(&what, code, &code.to_string()));
             }
@@ -71,6 +65,25 @@ impl GroupSource {
             };
             self.unanswered.committed = 0;
             return Ok(partitions.iter().map(position).collect());
+        }
+    }
+
+    /// Sorts a failure to read committed offsets, and counts it.
+    fn not_committed(&mut self, what: &str, error: &KafkaError) -> Failure {
+        self.unanswered.committed += 1;
+        if self.unanswered.committed > UNANSWERED_MAX {
+            let answers = bystander::coordinator_answers(&self.config, &self.group);
+            let why = format!("the group's coordinator does not serve this client: {error}");
+            self.give_up_if(answers, &why);
+        }
+        match error.rdkafka_error_code() {
+            // librdkafka itself asks again while they are unstable, and then says this.
+            Some(RDKafkaErrorCode::OperationTimedOut) => dependency(format!(
+                "{what}: no answer within {} s; where Kafka answers otherwise, a transaction that never ends \
+                 holds them (KAFKA-20734 after a broker of Kafka 4.3.0 or 4.3.1 was killed)",
+                REQUEST_TIMEOUT.as_secs()
+            )),
+            _ => failure(what, error),
         }
     }
 
@@ -99,7 +112,7 @@ impl GroupSource {
                         if is_stale(code) {
                             self.unanswered.bounds += 1;
                             let why = format!("it does not find the leader of {name}: {code}");
-                            self.give_up_after_many(self.unanswered.bounds, &why);
+                            self.give_up_after_many(self.unanswered.bounds, &asked, &why);
                         }
                         return Err(by_code(what, code, &format!("{name}: {code}")));
                     }
@@ -122,7 +135,8 @@ impl GroupSource {
             Err(_) if self.member.is_none() => return,
             Err(why) => {
                 self.unanswered.ends += 1;
-                return self.give_up_after_many(self.unanswered.ends, &why);
+                let asked: Vec<_> = delivering.iter().map(|(p, _)| (&*p.topic, p.partition)).collect();
+                return self.give_up_after_many(self.unanswered.ends, &asked, &why);
             }
         };
         self.unanswered.ends = 0;
@@ -160,13 +174,18 @@ impl GroupSource {
         }
     }
 
-    /// Makes the client anew where a question was not answered several times in a row, unless Kafka answers
-    /// nobody: then counting begins anew.
-    fn give_up_after_many(&mut self, unanswered: u32, why: &str) {
-        if unanswered <= UNANSWERED_MAX {
-            return;
+    /// Makes the client anew where a question about partitions was not answered several times in a row, unless
+    /// nobody gets an answer.
+    fn give_up_after_many(&mut self, unanswered: u32, asked: &[(&str, i32)], why: &str) {
+        if unanswered > UNANSWERED_MAX {
+            let answers = bystander::partitions_answer(&self.config, asked);
+            self.give_up_if(answers, why);
         }
-        if bystander::kafka_answers(&self.config) {
+    }
+
+    /// Makes the client anew where Kafka `answers` others; else counting begins anew.
+    fn give_up_if(&mut self, answers: bool, why: &str) {
+        if answers {
             self.give_up(&format!("{why}, though Kafka answers others"));
         } else {
             self.unanswered = Unanswered::default();

@@ -76,8 +76,12 @@ impl Forgetful {
                 let correlation = i32::from_be_bytes(answer[..4].try_into().expect("four bytes"));
                 match answers.lock().remove(&correlation) {
                     Some(name) if proxy.forgets.load(Ordering::Acquire) => {
-                        proxy.told.lock().insert(name);
-                        without_brokers(&answer)
+                        let (answer, has_topics) = without_brokers(&answer);
+                        // One without topics too is taken as an answer in part, and asked for again.
+                        if has_topics {
+                            proxy.told.lock().insert(name);
+                        }
+                        answer
                     }
                     _ => answer,
                 }
@@ -121,8 +125,9 @@ fn relay(from: &mut TcpStream, to: &mut TcpStream, change: impl Fn(Vec<u8>) -> V
 }
 
 /// Takes the brokers out of a metadata response, version 9 or later: correlation id, tags, throttle time, then
-/// the brokers as id, host, port, rack and tags. Every length here is below 128, one byte.
-fn without_brokers(answer: &[u8]) -> Vec<u8> {
+/// the brokers as id, host, port, rack and tags, then the cluster's id, the controller and the topics. Every
+/// length here is below 128, one byte. Says whether there are topics.
+fn without_brokers(answer: &[u8]) -> (Vec<u8>, bool) {
     const BROKERS: usize = 4 + 1 + 4;
     let mut rest = BROKERS + 1;
     for _ in 1..answer[BROKERS] {
@@ -133,7 +138,8 @@ fn without_brokers(answer: &[u8]) -> Vec<u8> {
         assert_eq!(answer[rest], 0, "no tags");
         rest += 1;
     }
-    [&answer[..BROKERS], &[1], &answer[rest..]].concat()
+    let topics = rest + usize::from(answer[rest].max(1)) + 4;
+    ([&answer[..BROKERS], &[1], &answer[rest..]].concat(), answer[topics] > 1)
 }
 
 #[test]
