@@ -377,7 +377,7 @@ impl GroupSource {
         let all = list(self.partitions.iter().map(|p| (&p.name, if p.started { p.next } else { 0 })));
         unassign(&consumer, &bare_list([name]))
             .and_then(|()| assign(&consumer, &one, &all))
-            .and_then(|()| consumer.resume(&one))
+            .and_then(|()| consumer.pause(&one))
             .map_err(|e| failure(&what, &e))?;
         // The queue was joined to the common one again: split it off anew, as after an assignment. The old
         // handle goes first, because its end takes the wake-up of the queue along.
@@ -389,7 +389,13 @@ impl GroupSource {
             renewed.begin(next);
             self.partitions.insert(index, renewed);
         }
-        Ok(())
+        // What was fetched before the queue was split off went to the common one, where it is dropped: the seek
+        // fetches it again. Without it the partition would go on behind it.
+        let sought = consumer.seek_partitions(one.clone(), SEEK_TIMEOUT).map_err(|e| failure(&what, &e))?;
+        match entries(&sought).iter().find_map(|entry| entry.error) {
+            None => consumer.resume(&one).map_err(|e| failure(&what, &e)),
+            Some(code) => Err(crate::failure::by_code(&what, code, &code.to_string())),
+        }
     }
 }
 
