@@ -3,9 +3,9 @@
 use crate::clock::{Backoff, elapsed, seconds_between};
 use crate::config::Stopped;
 use crate::lane::Lane;
-use crate::ports::Failure;
+use crate::ports::{Advance, Failure};
 use serde_json::json;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use throughline_model::outcome::Outcome;
 use throughline_model::record::TopicPartition;
@@ -46,7 +46,7 @@ impl Signals {
     }
 
     /// Says how far each table was taken: the next offset by `topic/partition`.
-    pub(crate) fn tables(&self, taken: &std::collections::BTreeMap<String, i64>) {
+    pub(crate) fn tables(&self, taken: &BTreeMap<String, i64>) {
         self.health.note("tables", json!(taken));
     }
 
@@ -152,7 +152,7 @@ impl Signals {
 
     /// Passes on what the lane counted and measured since the last commit, which is now known to have
     /// happened.
-    pub(crate) fn lane_committed(&self, lane: &Lane, now: Timestamp) {
+    fn lane_committed(&self, lane: &Lane, now: Timestamp) {
         for (outcome, reason, n) in lane.tally.by_reason() {
             counter(Metric::MessagesTotal, &self.message_labels(&lane.source.topic, outcome, reason)).add(n);
             if outcome == Outcome::DeadLettered {
@@ -209,8 +209,21 @@ impl Signals {
         }
     }
 
-    /// Counts a commit.
-    pub(crate) fn committed(&self) {
+    /// Says that the advances are committed, passes on what their lanes counted, and counts the commit.
+    ///
+    /// # Panics
+    /// When an advance is of no lane.
+    pub(crate) fn committed(
+        &self,
+        lanes: &mut BTreeMap<TopicPartition, Lane>,
+        advances: &[Advance],
+        now: Timestamp,
+    ) {
+        for advance in advances {
+            let lane = lanes.get_mut(&advance.partition).expect("its advance was just made");
+            self.lane_committed(lane, now);
+            lane.committed(advance);
+        }
         counter(Metric::CommitsTotal, &[("stage", self.stage)]).add(1);
     }
 

@@ -48,13 +48,7 @@ where
         let moved = self.lanes.values().filter(|lane| lane.active && (lane.has_moved() || fired(lane)));
         let advances: Vec<_> = moved.map(Lane::advance).collect();
         self.transactions.commit(&advances)?;
-        let now = self.clock.now();
-        for advance in &advances {
-            let lane = self.lanes.get_mut(&advance.partition).expect("its advance was just made");
-            self.signals.lane_committed(lane, now);
-            lane.committed(advance);
-        }
-        self.signals.committed();
+        self.signals.committed(&mut self.lanes, &advances, self.clock.now());
         self.signals.works("kafka");
         self.recovery.succeeded();
         self.pending = Pending::default();
