@@ -64,6 +64,7 @@ impl KafkaConfig {
 
     /// Settings of every client.
     pub(crate) fn client(&self) -> ClientConfig {
+        throughline_kafka_ffi::guard::require();
         let mut client = ClientConfig::new();
         client
             .set("bootstrap.servers", &self.bootstrap)
@@ -144,7 +145,7 @@ impl KafkaConfig {
     }
 
     /// Lets the operator's own properties win.
-    fn finish(&self, mut client: ClientConfig) -> ClientConfig {
+    pub(crate) fn finish(&self, mut client: ClientConfig) -> ClientConfig {
         for (key, value) in &self.properties {
             client.set(key, value);
         }

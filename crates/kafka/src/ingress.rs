@@ -4,7 +4,7 @@ use crate::bystander::every_partition_has_a_leader;
 use crate::config::KafkaConfig;
 use crate::context::{log_error, log_line};
 use crate::failure::refused_config;
-use crate::message::{produce, serve as serve_once};
+use crate::message::{produce, serve as serve_once, unproven};
 use parking_lot::RwLock;
 use rdkafka::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
@@ -65,20 +65,19 @@ impl Default for IngressConfig {
 /// Sorts a delivery report.
 fn fate_of(result: &DeliveryResult<'_>) -> Fate {
     use RDKafkaErrorCode as Code;
-    match result {
-        Ok(_) => Fate::Delivered,
+    match unproven(result) {
+        None => Fate::Delivered,
         // Not `InvalidDifferentRecord`: another record of the batch is the bad one.
-        Err((error, _)) => match error.rdkafka_error_code() {
-            Some(
-                Code::MessageSizeTooLarge
-                | Code::MessageBatchTooLarge
-                | Code::InvalidMessageSize
-                | Code::InvalidRecord
-                | Code::InvalidTimestamp
-                | Code::PolicyViolation,
-            ) => Fate::Refused,
-            _ => Fate::Failed,
-        },
+        Some((
+            Code::MessageSizeTooLarge
+            | Code::MessageBatchTooLarge
+            | Code::InvalidMessageSize
+            | Code::InvalidRecord
+            | Code::InvalidTimestamp
+            | Code::PolicyViolation,
+            _,
+        )) => Fate::Refused,
+        Some(_) => Fate::Failed,
     }
 }
 
@@ -298,7 +297,11 @@ fn make(
         .set("linger.ms", tuning.linger_ms.to_string())
         .set("message.timeout.ms", tuning.produce_timeout_ms.to_string())
         .set("queue.buffering.max.messages", tuning.queue_records_max.to_string())
-        .set("queue.buffering.max.kbytes", tuning.queue_kib_max.to_string());
+        .set("queue.buffering.max.kbytes", tuning.queue_kib_max.to_string())
+        // One request at a time to a broker: what is sent behind a batch that the broker refuses for a moment
+        // could be taken before it (see `unproven`), and a device's records would change places.
+        .set("max.in.flight.requests.per.connection", "1");
+    let client = config.finish(client);
     let context = Deliveries {
         callback: Arc::clone(callback),
         closed: Arc::clone(closed),

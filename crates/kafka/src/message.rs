@@ -1,8 +1,8 @@
 //! Records in and out: between librdkafka's messages and the model's batches.
 
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Header, Message, OwnedHeaders, Timestamp as Stamp};
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
+use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::util::IntoOpaque;
 use std::time::Duration;
@@ -39,6 +39,26 @@ where
     out.payload = record.value;
     out.headers = owned_headers(record);
     producer.send(out).map_err(|(error, _)| error)
+}
+
+/// Returns what a delivery report says against its record being in Kafka, with the record.
+///
+/// An error is one thing; a report of success without an offset is the other. librdkafka 2.12.1 takes a batch
+/// whose request failed for persisted once a later batch of the partition is acknowledged
+/// (`rd_kafka_dr_implicit_ack`), because a broker refuses what does not follow on. But a broker that knows
+/// nothing of the producer yet takes any sequence: where the first batch for a partition meets a leader that is
+/// not ready and the second one does not, the first is lost and reported as delivered. What Kafka has
+/// acknowledged has an offset.
+pub(crate) fn unproven<'r>(
+    result: &'r DeliveryResult<'r>,
+) -> Option<(RDKafkaErrorCode, &'r BorrowedMessage<'r>)> {
+    match result {
+        Ok(message) if message.offset() >= 0 => None,
+        Ok(message) => Some((RDKafkaErrorCode::RequestTimedOut, message)),
+        Err((error, message)) => {
+            Some((error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail), message))
+        }
+    }
 }
 
 /// A pause where a producer has nothing to report: short beside a round trip to the broker.

@@ -3,7 +3,7 @@
 use crate::config::KafkaConfig;
 use crate::context::{log_error, log_line};
 use crate::failure::{by_code, dependency, failure, refused_config};
-use crate::message::{produce, serve};
+use crate::message::{produce, serve, unproven};
 use crate::source::Membership;
 use parking_lot::Mutex;
 use rdkafka::ClientContext;
@@ -38,8 +38,7 @@ impl ProducerContext for Deliveries {
     type DeliveryOpaque = ();
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
-        if let Err((error, message)) = result {
-            let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail);
+        if let Some((code, message)) = unproven(result) {
             let what = format!("a record for `{}` was not acknowledged", message.topic());
             self.failed.lock().get_or_insert((code, what));
         }

@@ -3,7 +3,7 @@
 use crate::config::{KafkaConfig, REQUEST_TIMEOUT, TRANSACTION_TIMEOUT};
 use crate::context::{log_error, log_line};
 use crate::failure::{by_code, dependency, is_fence, refused_config};
-use crate::message::{list, produce, serve};
+use crate::message::{list, produce, serve, unproven};
 use crate::source::Membership;
 use parking_lot::Mutex;
 use rdkafka::ClientContext;
@@ -38,8 +38,7 @@ impl ProducerContext for Deliveries {
     type DeliveryOpaque = ();
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
-        if let Err((error, message)) = result {
-            let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail);
+        if let Some((code, message)) = unproven(result) {
             let what = format!("a record for `{}` was not delivered", message.topic());
             self.failed.lock().get_or_insert((code, what));
         }

@@ -5,6 +5,7 @@
 //! for the time-out given. Nothing of librdkafka's memory leaves this crate: results are copied out before
 //! the event that owns them is destroyed.
 
+pub mod guard;
 mod request;
 
 use rdkafka::client::{Client, ClientContext};

@@ -1,14 +1,17 @@
 //! The bridge's producer.
 
 use crate::common::*;
+use rdkafka::mocking::MockCluster;
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_kafka::browse::{Begin, Stop, browse};
-use throughline_kafka::{IngressConfig, IngressProducer};
+use throughline_kafka::{IngressConfig, IngressProducer, KafkaConfig};
 use throughline_model::ids::partition_of;
 use throughline_model::record::{Headers, Outgoing};
 use throughline_runtime::ports::{Fate, Ingress, NotTaken};
@@ -117,4 +120,61 @@ fn a_missing_topic_is_refused_until_it_is_there_and_others_are_served() {
     wait_for("the acknowledgement", || {
         (reported.lock().unwrap().get(&token) == Some(&Fate::Delivered)).then_some(())
     });
+}
+
+/// Sends two batches to a broker that refuses the first one for a moment, as a leader that is not ready does,
+/// and does not look at sequences, as one that knows nothing of the producer yet. Returns the fates, and the
+/// values that the broker holds, in their order.
+fn two_batches_of_which_the_first_is_refused(
+    properties: &[(&str, &str)],
+) -> (BTreeMap<u64, Fate>, Vec<String>) {
+    let mock = MockCluster::new(1).expect("a mock cluster");
+    mock.create_topic("t", 1, 1).expect("a topic");
+    // Both are on their way before the first answer.
+    mock.broker_round_trip_time(1, Duration::from_millis(300)).expect("a broker");
+    mock.request_errors(
+        RDKafkaApiKey::Produce,
+        &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION],
+    );
+    let mut config = KafkaConfig::new(mock.bootstrap_servers());
+    config.properties = properties.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+    config.properties.insert("batch.num.messages".into(), "1".into());
+    let fates: Arc<Mutex<BTreeMap<u64, Fate>>> = Arc::default();
+    let book = Arc::clone(&fates);
+    let ingress = IngressProducer::start(&config, &IngressConfig::default(), move |token, fate| {
+        assert!(book.lock().unwrap().insert(token, fate).is_none(), "one report a token");
+    })
+    .expect("starts");
+    for token in 1..=2 {
+        let value = token.to_string();
+        let (key, headers) = (Some(&b"k"[..]), Headers::default());
+        let record = Outgoing { topic: "t", partition: None, key, value: Some(value.as_bytes()), headers };
+        ingress.send(record, token).expect("taken");
+    }
+    wait_for("both reports", || (fates.lock().unwrap().len() == 2).then_some(()));
+    let mut held = Vec::new();
+    let stop = Stop::AtEnd { within: DEADLINE };
+    browse(&config, "t", &[], Begin::Earliest, stop, &mut |batch| {
+        held.extend(batch.iter().map(|r| String::from_utf8_lossy(r.value.unwrap_or_default()).into_owned()));
+        ControlFlow::Continue(())
+    })
+    .expect("reads");
+    let fates = fates.lock().unwrap().clone();
+    (fates, held)
+}
+
+#[test]
+fn records_keep_their_order_where_a_leader_is_not_ready() {
+    let (fates, held) = two_batches_of_which_the_first_is_refused(&[]);
+    assert_eq!(held, ["1", "2"]);
+    assert_eq!(fates, BTreeMap::from([(1, Fate::Delivered), (2, Fate::Delivered)]));
+}
+
+#[test]
+fn a_report_of_success_that_proves_nothing_is_no_acknowledgement() {
+    // What librdkafka does unless told otherwise: the second batch is acknowledged, and the first with it.
+    let (fates, held) =
+        two_batches_of_which_the_first_is_refused(&[("max.in.flight.requests.per.connection", "5")]);
+    assert_eq!(held, ["2"], "the broker holds the second alone");
+    assert_eq!(fates, BTreeMap::from([(1, Fate::Failed), (2, Fate::Delivered)]));
 }
