@@ -5,6 +5,7 @@
 
 use crate::child::find_program;
 use crate::error::LocalError;
+use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -90,7 +91,11 @@ fn cache_dir() -> Result<PathBuf, LocalError> {
         })
 }
 
+/// Held while this process downloads: its directory is named after the process, and tests run side by side.
+static DOWNLOADING: Mutex<()> = Mutex::new(());
+
 fn fetch(set: &Set, cache: &Path, notice: Notice<'_>) -> Result<PathBuf, LocalError> {
+    let _alone = DOWNLOADING.lock();
     let complete = cache.join(format!("{}-{}", set.name, short_hash(set.pom)));
     if complete.is_dir() {
         return Ok(complete);

@@ -88,7 +88,8 @@ fn a_taken_port_is_named() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let dir = scratch_dir().unwrap();
-    let options = KafkaOptions { port: Some(port), ..KafkaOptions::new(dir.path()) };
+    let mut options = KafkaOptions::new(dir.path());
+    options.port = Some(port);
     let message = ManagedKafka::start(options, &mut |_| {}).unwrap_err().to_string();
     assert!(
         message.starts_with(&format!("port {port} on 127.0.0.1, which Kafka shall use, is taken")),

@@ -1,7 +1,10 @@
 //! A real Apache Kafka of one node, as a child of this process.
 
 mod archive;
+mod cluster;
 mod probe;
+
+pub use cluster::KafkaCluster;
 
 use crate::artifacts::{self, Notice};
 use crate::child::{Fault, Program, Supervised, run_to_end, words};
@@ -36,6 +39,17 @@ pub struct KafkaOptions {
     pub compile: Compile,
     /// Broker settings in place of or beside the ordinary ones.
     pub settings: Vec<(String, String)>,
+    /// Its place in a cluster of several nodes.
+    seat: Option<Seat>,
+}
+
+/// One node's place in a cluster.
+#[derive(Clone, Debug)]
+struct Seat {
+    cluster_id: String,
+    node: u32,
+    /// Port of the controller of each node, that of node 1 first.
+    controllers: Vec<u16>,
 }
 
 /// How the broker's JVM compiles.
@@ -50,8 +64,14 @@ pub enum Compile {
 impl KafkaOptions {
     /// Makes options for a directory: a free port, 512 MB of heap, quick compilation, ordinary settings.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
-        let settings = Vec::new();
-        Self { data_dir: data_dir.into(), port: None, heap_mb: 512, compile: Compile::Quick, settings }
+        Self {
+            data_dir: data_dir.into(),
+            port: None,
+            heap_mb: 512,
+            compile: Compile::Quick,
+            settings: Vec::new(),
+            seat: None,
+        }
     }
 }
 
@@ -205,20 +225,25 @@ impl ManagedKafka {
     }
 
     fn format(&self, dir: &Path, config: &Path) -> Result<(), LocalError> {
-        let cluster_id = URL_SAFE_NO_PAD.encode(uuid::Uuid::now_v7().as_bytes());
+        let cluster_id = self.options.seat.as_ref().map_or_else(new_cluster_id, |s| s.cluster_id.clone());
         let mut tool = self.tool("kafka.tools.StorageTool")?;
         tool.args(["format", "-t", &cluster_id, "-c"]).arg(config);
         run_to_end("kafka", &dir.join("kafka.log"), &mut tool)
     }
 
-    /// Writes the broker's configuration. One copy of everything: `min.insync.replicas` and the like have
-    /// no meaning here.
+    /// Writes the broker's configuration. One copy of everything unless it belongs to a cluster.
     fn properties(&self, dir: &Path) -> Result<String, LocalError> {
-        let (port, controller_port) = (self.port, ports::free()?);
+        let port = self.port;
+        let (node, controllers) = match &self.options.seat {
+            Some(seat) => (seat.node, seat.controllers.clone()),
+            None => (1, vec![ports::free()?]),
+        };
+        let controller_port = controllers[node as usize - 1];
+        let voters = controllers.iter().zip(1..).map(|(port, node)| format!("{node}@127.0.0.1:{port}"));
         let mut settings: Vec<(String, String)> = [
             ("process.roles", "broker,controller".to_owned()),
-            ("node.id", "1".to_owned()),
-            ("controller.quorum.voters", format!("1@127.0.0.1:{controller_port}")),
+            ("node.id", node.to_string()),
+            ("controller.quorum.voters", voters.collect::<Vec<_>>().join(",")),
             ("controller.listener.names", "CONTROLLER".to_owned()),
             ("listeners", format!("PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}")),
             ("advertised.listeners", format!("PLAINTEXT://127.0.0.1:{port}")),
@@ -233,6 +258,10 @@ impl ManagedKafka {
         }
         Ok(settings.into_iter().map(|(key, value)| format!("{key}={value}\n")).collect())
     }
+}
+
+fn new_cluster_id() -> String {
+    URL_SAFE_NO_PAD.encode(uuid::Uuid::now_v7().as_bytes())
 }
 
 /// Settings that every managed broker has unless told otherwise.

@@ -179,8 +179,9 @@ fn write_loop(state: &RwLock<State>, mut queue: mpsc::Receiver<Job>, mut writer:
 /// Makes the topic where it does not exist: one partition, because the order of all records counts.
 fn ensure_topic(kafka: &KafkaConfig) -> Result<(), Failure> {
     let compacted = ("cleanup.policy".to_owned(), "compact".to_owned());
+    // As many copies as the cluster's default says (KIP-464): the registry is of no use without its topic.
     let topic =
-        NewTopic { name: TOPIC.to_owned(), partitions: 1, replication: 1, configs: [compacted].into() };
+        NewTopic { name: TOPIC.to_owned(), partitions: 1, replication: -1, configs: [compacted].into() };
     Admin::new(kafka)?.create_topics(&[topic])
 }
 

@@ -49,8 +49,8 @@ impl Place {
         let mut kafka = None;
         if flags.kafka.is_none() {
             output::progress("starting Kafka …");
-            let options =
-                KafkaOptions { compile: Compile::Full, ..KafkaOptions::new(scratch.path().join("kafka")) };
+            let mut options = KafkaOptions::new(scratch.path().join("kafka"));
+            options.compile = Compile::Full;
             let managed = ManagedKafka::start(options, &mut |text| output::notice(text)).map_err(local)?;
             config.kafka.bootstrap = managed.bootstrap();
             kafka = Some(managed);
