@@ -1,14 +1,14 @@
 //! Every role as a process of its own against shared services, as in production, so that each can be
 //! killed alone.
 
-use crate::{Process, binary, said, wait_for};
+use crate::{Process, binary, said, succeed, wait_for};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use throughline_kafka::KafkaConfig;
-use throughline_local::kafka::{KafkaOptions, ManagedKafka};
+use throughline_local::kafka::{KafkaCluster, KafkaOptions};
 use throughline_local::ports;
 use throughline_local::registry::EmbeddedRegistry;
 
@@ -30,8 +30,8 @@ pub const ROLES: [&str; 8] = [
 /// Services and one process a role.
 pub struct Cluster {
     roles: Vec<Role>,
-    /// Kept alive; its broker can be stopped and killed.
-    pub kafka: ManagedKafka,
+    /// Kept alive; its brokers can be stopped and killed.
+    pub kafka: KafkaCluster,
     /// Absent while it is away.
     registry: Option<EmbeddedRegistry>,
     registry_url: String,
@@ -66,8 +66,21 @@ impl Cluster {
     /// As [`Cluster::start`].
     pub fn start_with(database: Option<&str>, settings: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory can be made");
-        let kafka = ManagedKafka::start(KafkaOptions::new(directory.path().join("kafka")), &mut |_| {});
-        let kafka = kafka.expect("Kafka starts");
+        let options = KafkaOptions::new(directory.path().join("kafka"));
+        Self::start_on(directory, (&options, 1), database, settings)
+    }
+
+    /// As [`Cluster::start_with`], on so many brokers with these options, everything in `directory`.
+    ///
+    /// # Panics
+    /// As [`Cluster::start`].
+    pub fn start_on(
+        directory: tempfile::TempDir,
+        (options, nodes): (&KafkaOptions, u32),
+        database: Option<&str>,
+        settings: &[(&str, &str)],
+    ) -> Self {
+        let kafka = KafkaCluster::start(options, nodes, &mut |_| {}).expect("Kafka starts");
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::free().expect("a free port")));
         let registry = EmbeddedRegistry::start(listen, &KafkaConfig::new(kafka.bootstrap()));
         let registry = registry.expect("the registry starts");
@@ -242,6 +255,13 @@ impl Cluster {
         command.args(args).stdin(Stdio::null()).output().expect("the binary runs")
     }
 
+    /// Says whether a topic has no record that a reader could get.
+    pub fn is_emptied(&self, topic: &str) -> bool {
+        let kafka = self.kafka.bootstrap();
+        let args = ["-b", &kafka, "-C", "-t", topic, "-o", "beginning", "-e", "-q", "-c", "1", "-f", "%o\n"];
+        succeed("kcat", &args).is_empty()
+    }
+
     /// Waits until the bridge takes connections.
     ///
     /// # Panics
@@ -250,6 +270,11 @@ impl Cluster {
         wait_for("the bridge", Duration::from_secs(60), || {
             std::net::TcpStream::connect(("127.0.0.1", self.mqtt_port)).ok()
         });
+    }
+
+    /// Returns the registry's address.
+    pub fn registry(&self) -> &str {
+        &self.registry_url
     }
 
     /// Returns the port of the bridge.
@@ -288,6 +313,17 @@ impl Cluster {
             text.push('\n');
         }
         text
+    }
+}
+
+/// A test that fails says what the roles were doing, and leaves their logs and Kafka's data behind.
+impl Drop for Cluster {
+    #[expect(clippy::print_stderr, reason = "a failing test is read by a person")]
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the roles said:\n{}", self.logs());
+            eprintln!("Kafka's data and the logs stay in {}", self.keep_scratch().display());
+        }
     }
 }
 

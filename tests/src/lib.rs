@@ -306,6 +306,10 @@ pub struct Load {
     start_us: u64,
     /// How long the publisher may take.
     pub deadline: Duration,
+    /// Whether some devices have wrong clocks, restart under an old epoch or a new one, or send out of order.
+    pub mix: bool,
+    /// What the publisher intended and what was acknowledged to it.
+    journal: tempfile::TempDir,
 }
 
 impl Load {
@@ -318,7 +322,8 @@ impl Load {
         // A device's readings are a second apart, so they end about now.
         let span = Duration::from_secs(readings / devices + 1);
         let start_us = (now - span).as_micros() as u64;
-        Self { seed, readings, devices, start_us, deadline: Duration::from_secs(240) }
+        let journal = tempfile::tempdir().expect("a temporary directory can be made");
+        Self { seed, readings, devices, start_us, deadline: Duration::from_secs(240), mix: false, journal }
     }
 
     fn arguments(&self) -> Vec<String> {
@@ -328,11 +333,15 @@ impl Load {
             ("devices", self.devices),
             ("start-us", self.start_us),
         ];
-        pairs.iter().flat_map(|(name, value)| [format!("--{name}"), value.to_string()]).collect()
+        let mut arguments: Vec<String> =
+            pairs.iter().flat_map(|(name, value)| [format!("--{name}"), value.to_string()]).collect();
+        arguments.extend(["--journal".to_owned(), self.journal.path().display().to_string()]);
+        arguments.extend(self.mix.then(|| "--mix".to_owned()));
+        arguments
     }
 
     /// Starts to publish to the MQTT server at `port`, at `rate` messages a second or, with 0, as fast as
-    /// they are acknowledged.
+    /// they are acknowledged. A publisher that is started after one was killed goes on where that stopped.
     pub fn publish(&self, port: &str, rate: u32, log: PathBuf) -> Process {
         let mut command = Command::new(python());
         command.arg(root().join("tests/python/publish.py")).args(self.arguments());

@@ -9,16 +9,9 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
-use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
-use throughline_local::scratch_dir;
-use throughline_tests::chaos::Plan;
-use throughline_tests::cluster::Cluster;
-use throughline_tests::{Load, published, root, said, wait_for};
-
-/// Distinct readings a second: enough that every fault meets work in every role, little enough that two cores
-/// keep up while processes start again.
-const RATE: u64 = 400;
+use std::time::Instant;
+use throughline_tests::chaos::{Means, Plan, Rig};
+use throughline_tests::root;
 
 fn journal() -> PathBuf {
     root().join("docs/reliability.jsonl")
@@ -39,35 +32,16 @@ fn say(text: &str) {
 /// Carries out one plan and returns its entry in the journal.
 fn run(plan: &Plan) -> Value {
     let begun = Instant::now();
-    let directory = scratch_dir().expect("a temporary directory can be made");
-    let mut server = plan.has_server().then(|| {
-        ManagedPostgres::start(PostgresOptions::new(directory.path().join("pg"))).expect("PostgreSQL starts")
-    });
-    let url = server.as_ref().map(ManagedPostgres::url);
-    let mut cluster = Cluster::start(url.as_deref());
-    let rule = root().join("demo/rules/demo-overheat.toml").display().to_string();
-    let applied = cluster.command(&["rules", "apply", &rule]);
-    assert!(applied.status.success(), "{}", said(&applied));
-    cluster.wait_for_bridge();
-
-    let mut load = Load::new(plan.seed(), RATE * plan.time().as_secs() * 9 / 10, 400);
-    load.deadline = plan.time() * 2 + Duration::from_secs(240);
-    let log = cluster.scratch().join("publish.log");
-    let mut publisher = load.publish(&cluster.mqtt_port(), (RATE * 111 / 100) as u32, log);
-    let injected = plan.carry_out(&mut cluster, server.as_mut(), |injection| {
+    let mut rig = Rig::start(plan);
+    let means = rig.means();
+    let injected = plan.carry_out(&mut rig, |injection| {
         say(&format!("{} {:>6.1} s: {injection:?}", plan.name(), begun.elapsed().as_secs_f64()));
     });
-    wait_for("the publisher's end", load.deadline, || {
-        cluster.start_what_crashed();
-        publisher.has_ended().then_some(())
-    });
-    let report = published(publisher, Duration::from_secs(1));
-    let kafka = cluster.kafka.bootstrap();
-    let compared =
-        load.compare(&kafka, cluster.database(), &["--threshold", "90", "--redelivery", "--deadline", "240"]);
+    let report = rig.finish();
+    let compared = rig.compare(plan.oracle());
     if let Err(differences) = &compared {
-        say(&format!("{differences}\nthe roles said:\n{}", cluster.logs()));
-        say(&format!("Kafka's data and the logs stay in {}", cluster.keep_scratch().display()));
+        say(&format!("{differences}\nthe roles said:\n{}", rig.cluster.logs()));
+        say(&format!("Kafka's data and the logs stay in {}", rig.cluster.keep_scratch().display()));
     }
     let differences: Vec<String> = match compared {
         Ok(()) => Vec::new(),
@@ -81,16 +55,24 @@ fn run(plan: &Plan) -> Value {
         "plan": plan.name(),
         "commit": commit(),
         "build": std::env::var("PLATFORM_BUILD").unwrap_or_else(|_| "dev".to_owned()),
-        "store": if server.is_some() { "postgresql" } else { "sqlite" },
-        "readings": load.readings,
+        "store": if means.has_server { "postgresql" } else { "sqlite" },
+        "brokers": means.brokers,
+        "readings": rig.load.readings,
         "sent": report["sent"],
         "acknowledged": report["acknowledged"],
-        "connects": report["connects"],
         "injected": injected,
-        "crashes": cluster.crashes(),
+        "left_out": left_out(plan, means),
+        "crashes": rig.cluster.crashes(),
         "differences": differences,
         "seconds": begun.elapsed().as_secs(),
     })
+}
+
+/// Returns the faults that this machine does not permit.
+fn left_out(plan: &Plan, means: Means) -> Vec<&'static str> {
+    let wanted = [(means.may_drop, "packets dropped (nftables)"), (means.small_disks, "full disks (tmpfs)")];
+    let missing = wanted.iter().filter(|(permitted, _)| !permitted && plan.fills_disks());
+    missing.map(|(_, name)| *name).collect()
 }
 
 fn is_exact(entry: &Value) -> bool {
@@ -113,13 +95,18 @@ fn report() {
     let entries = entries();
     let mut page = String::from(
         "# What was done to it, and what was lost\n\nMade by `make chaos` from docs/reliability.jsonl: one \
-         line a run, processes of their own for every role, a real Kafka of one node, \
-         PostgreSQL or SQLite, faults under load: at random moments from a seed, or one that lasts. Afterwards \
-         a program in Python that shares no code with the platform compares what was sent with Kafka, tables, \
-         dead letters, alerts, twins and outcome counters. Differences must be 0. Crashes are processes that \
+         line a run, processes of their own for every role, a real Kafka of one node or three (three copies, \
+         two of which must have a record), PostgreSQL or SQLite, faults under load: at random moments from a \
+         seed, or one that lasts. The load is MQTT at QoS 1 by paho, a tenth of it sent twice, one in a \
+         hundred no reading at all; from run 20 on a quarter of the devices are odd (clocks an hour behind or \
+         50 minutes ahead, restarts under an old epoch or a new one, readings out of order) and a foreign \
+         program writes records into Kafka that nobody can read: one in a hundred, and 1,000 at once into one \
+         partition. The publisher keeps a journal on disk of what was acknowledged to it. Afterwards a program \
+         in Python that shares no code with the platform compares that journal with Kafka, tables, dead \
+         letters, alerts, twins and outcome counters. Differences must be 0. Crashes are processes that \
          SIGSEGV ended (librdkafka's issue 5280, see operations.md) and that were started again.\n\n\
-         | run | commit | build | store | readings | publishes acknowledged | faults | crashes | differences |\n\
-         |---|---|---|---|---|---|---|---|---|\n",
+         | run | commit | build | brokers | store | readings | publishes acknowledged | faults | crashes | differences |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
     );
     let mut totals: BTreeMap<String, u64> = BTreeMap::new();
     for entry in &entries {
@@ -131,10 +118,11 @@ fn report() {
         let text = |name: &str| entry[name].as_str().map_or_else(|| entry[name].to_string(), str::to_owned);
         let differences = entry["differences"].as_array().map_or(0, Vec::len);
         page.push_str(&format!(
-            "| {} | {} | {} | {} | {} | {} of {} | {faults} | {} | {differences}{} |\n",
+            "| {} | {} | {} | {} | {} | {} | {} of {} | {faults} | {} | {differences}{} |\n",
             text("plan"),
             text("commit"),
             text("build"),
+            entry["brokers"].as_u64().unwrap_or(1),
             text("store"),
             text("readings"),
             text("acknowledged"),
@@ -147,12 +135,14 @@ fn report() {
     for (name, count) in totals {
         page.push_str(&format!("| {name} | {count} |\n"));
     }
-    page.push_str(
-        "\nRun it: `make chaos SEEDS=\"1 2 3\" MINUTES=5`, or with `database_down` (ten minutes), \
-         `rebalance_storm` (ten minutes) or `kafka_unreachable` (three minutes) among the seeds. What the \
-         journal holds without differences is not run again. Packets are dropped by nftables on the loopback device, where that \
-         is permitted; elsewhere these faults are left out.\n",
-    );
+    page.push_str(&format!(
+        "\nRun it: `make chaos SEEDS=\"20 21 22\" MINUTES=5`, with the names of plans among the seeds: {}. Even \
+         seeds load PostgreSQL, odd ones SQLite; 22, 23, 26, 27 and so on have three brokers. What the journal \
+         holds without differences is not run again. Packets are dropped by nftables on the loopback device, \
+         and disks are filled that are file systems in memory, where that is permitted; what was not is in the \
+         journal as `left_out`. A slow PostgreSQL is one that is stopped three quarters of the time.\n",
+        Plan::names()
+    ));
     std::fs::write(root().join("docs/reliability.md"), page).expect("the page can be written");
 }
 
@@ -163,7 +153,7 @@ fn main() -> ExitCode {
         plans.iter().map(|text| Plan::parse(text, minutes)).collect::<Option<Vec<_>>>()
     });
     let Some(plans) = plans else {
-        say("usage: chaos MINUTES (SEED | database_down | rebalance_storm | kafka_unreachable)…");
+        say(&format!("usage: chaos MINUTES (SEED | {})…", Plan::names()));
         return ExitCode::from(2);
     };
     let mut exact = true;

@@ -1,0 +1,255 @@
+//! One thing that is done to the platform.
+
+use super::rig::Rig;
+use super::wall::Wall;
+use super::{Random, database};
+use crate::cluster::ROLES;
+use std::time::Duration;
+use throughline_local::child::Fault;
+
+/// The roles of which a second instance may join.
+pub const STAGES: [&str; 5] =
+    ["evaluate_rules", "update_twin", "bridge_data", "load_warehouse", "project_twins"];
+
+/// What is done, and to whom. What lasts is undone after the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Injection {
+    /// SIGKILL, then the same instance starts again.
+    KillRole(&'static str),
+    /// SIGSTOP for a time that may outlast the group's session, so that others take over, then SIGCONT.
+    HangRole(&'static str, Duration),
+    /// A second instance joins the group for a time.
+    JoinAndLeave(&'static str, Duration),
+    /// SIGKILL of every broker, then a start on its data.
+    KillKafka(Duration),
+    /// SIGSTOP of every broker.
+    HangKafka(Duration),
+    /// SIGKILL of one broker of several.
+    KillBroker(usize, Duration),
+    /// SIGSTOP of one broker of several.
+    HangBroker(usize, Duration),
+    /// An orderly restart of one broker of several, as an upgrade does it.
+    RestartBroker(usize),
+    /// A broker's disk is full.
+    FillDiskOfKafka(Duration),
+    /// SIGKILL of PostgreSQL, then a start on its data.
+    KillDatabase(Duration),
+    /// SIGSTOP of PostgreSQL.
+    HangDatabase(Duration),
+    /// PostgreSQL runs a quarter of the time.
+    SlowDatabase(Duration),
+    /// Others lock what our transactions need, in a circle.
+    DeadlockDatabase(Duration),
+    /// Our connections are ended and others hold all there are.
+    ExhaustConnections(Duration),
+    /// PostgreSQL's disk is full.
+    FillDiskOfDatabase(Duration),
+    /// The registry does not answer.
+    RegistryAway(Duration),
+    /// Every packet from and to a part is dropped; connections stay open and silent.
+    DropPackets(Link, Duration),
+    /// Another client takes over a publisher's client id.
+    TakeOverSession,
+    /// SIGKILL of the publishing devices, which go on by their journal.
+    KillPublisher,
+}
+
+/// Whose packets are dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Those of the brokers.
+    Kafka,
+    /// Those of PostgreSQL.
+    Database,
+    /// Those of the bridge's listener.
+    Mqtt,
+}
+
+/// What a rig and this machine allow.
+#[derive(Clone, Copy, Debug)]
+pub struct Means {
+    /// Whether the store is a server.
+    pub has_server: bool,
+    /// How many brokers there are.
+    pub brokers: usize,
+    /// Whether packets can be dropped.
+    pub may_drop: bool,
+    /// Whether Kafka and PostgreSQL have disks that can be filled.
+    pub small_disks: bool,
+}
+
+impl Injection {
+    /// Derives the next one of those that are possible: about a third are kills of roles, a quarter is done
+    /// to Kafka.
+    pub fn draw(random: &mut Random, means: Means) -> Self {
+        let any = random.one_of(&ROLES);
+        let stage = random.one_of(&STAGES);
+        let broker = random.draw() as usize % means.brokers;
+        let (server, several) = (means.has_server, means.brokers > 1);
+        let choices = [
+            (24, true, Self::KillRole(any)),
+            (4, true, Self::HangRole(any, random.pause(500, 9_000))),
+            (4, true, Self::JoinAndLeave(stage, random.pause(2_000, 8_000))),
+            (if several { 1 } else { 9 }, true, Self::KillKafka(random.pause(0, 4_000))),
+            (if several { 1 } else { 9 }, true, Self::HangKafka(random.pause(500, 12_000))),
+            (7, several, Self::KillBroker(broker, random.pause(0, 6_000))),
+            (6, several, Self::HangBroker(broker, random.pause(500, 12_000))),
+            (3, several, Self::RestartBroker(broker)),
+            (2, means.small_disks, Self::FillDiskOfKafka(random.pause(1_000, 8_000))),
+            (2, server, Self::KillDatabase(random.pause(0, 4_000))),
+            (2, server, Self::HangDatabase(random.pause(500, 12_000))),
+            (2, server, Self::SlowDatabase(random.pause(1_000, 8_000))),
+            (2, server, Self::DeadlockDatabase(random.pause(1_000, 6_000))),
+            (2, server, Self::ExhaustConnections(random.pause(1_500, 8_000))),
+            (2, server && means.small_disks, Self::FillDiskOfDatabase(random.pause(1_000, 8_000))),
+            (2, means.may_drop, Self::DropPackets(Link::Kafka, random.pause(500, 12_000))),
+            (2, means.may_drop, Self::DropPackets(Link::Mqtt, random.pause(500, 12_000))),
+            (2, means.may_drop && server, Self::DropPackets(Link::Database, random.pause(500, 12_000))),
+            (3, true, Self::RegistryAway(random.pause(500, 6_000))),
+            (3, true, Self::TakeOverSession),
+            (2, true, Self::KillPublisher),
+        ];
+        let possible = choices.iter().filter(|(_, possible, _)| *possible);
+        let total: u64 = possible.clone().map(|(weight, ..)| weight).sum();
+        let mut at = random.draw() % total;
+        for (weight, _, injection) in possible {
+            match at.checked_sub(*weight) {
+                Some(left) => at = left,
+                None => return *injection,
+            }
+        }
+        unreachable!("the number drawn is below the sum of the weights")
+    }
+
+    /// Returns what the journal counts it as.
+    pub fn name(&self) -> String {
+        match self {
+            Self::KillRole(role) => format!("kill {role}"),
+            Self::HangRole(role, _) => format!("hang {role}"),
+            Self::JoinAndLeave(role, _) => format!("join and leave {role}"),
+            Self::KillKafka(_) => "kill kafka".to_owned(),
+            Self::HangKafka(_) => "hang kafka".to_owned(),
+            Self::KillBroker(..) => "kill one broker of three".to_owned(),
+            Self::HangBroker(..) => "hang one broker of three".to_owned(),
+            Self::RestartBroker(_) => "restart one broker of three".to_owned(),
+            Self::FillDiskOfKafka(_) => "disk of kafka full".to_owned(),
+            Self::KillDatabase(_) => "kill database".to_owned(),
+            Self::HangDatabase(_) => "hang database".to_owned(),
+            Self::SlowDatabase(_) => "slow database".to_owned(),
+            Self::DeadlockDatabase(_) => "deadlocks in database".to_owned(),
+            Self::ExhaustConnections(_) => "database out of connections".to_owned(),
+            Self::FillDiskOfDatabase(_) => "disk of database full".to_owned(),
+            Self::RegistryAway(_) => "registry away".to_owned(),
+            Self::DropPackets(link, _) => format!("drop packets of {link:?}").to_lowercase(),
+            Self::TakeOverSession => "session taken over".to_owned(),
+            Self::KillPublisher => "kill publisher".to_owned(),
+        }
+    }
+
+    /// Does it, and undoes what lasts.
+    ///
+    /// # Panics
+    /// When a part does not start again, or it is not possible with this rig.
+    pub fn carry_out(self, rig: &mut Rig) {
+        match self {
+            Self::KillRole(name) => {
+                let role = ROLES.iter().position(|role| *role == name).expect("a role of the list");
+                rig.cluster.kill_and_restart(role);
+            }
+            Self::HangRole(name, pause) => {
+                rig.cluster.signal(name, "STOP");
+                std::thread::sleep(pause);
+                rig.cluster.signal(name, "CONT");
+            }
+            Self::JoinAndLeave(name, pause) => {
+                rig.cluster.add(name, "guest");
+                std::thread::sleep(pause);
+                rig.cluster.remove(name, "guest");
+            }
+            Self::RegistryAway(pause) => {
+                rig.cluster.set_registry(true);
+                std::thread::sleep(pause);
+                rig.cluster.set_registry(false);
+            }
+            Self::DropPackets(link, pause) => {
+                let wall = Wall::build(&rig.ports(link)).expect("packets can be dropped here");
+                std::thread::sleep(pause);
+                drop(wall);
+            }
+            Self::TakeOverSession => rig.take_over_session(),
+            Self::KillPublisher => rig.kill_publisher(),
+            kafka @ (Self::KillKafka(_)
+            | Self::HangKafka(_)
+            | Self::KillBroker(..)
+            | Self::HangBroker(..)
+            | Self::RestartBroker(_)
+            | Self::FillDiskOfKafka(_)) => kafka.do_to_kafka(rig),
+            database => database.do_to_database(rig),
+        }
+    }
+
+    fn do_to_kafka(self, rig: &mut Rig) {
+        let kafka = &mut rig.cluster.kafka;
+        match self {
+            Self::KillKafka(pause) => {
+                kafka.fault(Fault::Kill);
+                std::thread::sleep(pause);
+                kafka.restart().expect("Kafka starts again on its data");
+            }
+            Self::HangKafka(pause) => {
+                kafka.fault(Fault::Stop);
+                std::thread::sleep(pause);
+                kafka.fault(Fault::Continue);
+            }
+            Self::KillBroker(index, pause) => {
+                kafka.node(index).fault(Fault::Kill);
+                std::thread::sleep(pause);
+                kafka.node(index).restart().expect("a broker starts again on its data");
+            }
+            Self::HangBroker(index, pause) => {
+                kafka.node(index).fault(Fault::Stop);
+                std::thread::sleep(pause);
+                kafka.node(index).fault(Fault::Continue);
+            }
+            Self::RestartBroker(index) => {
+                kafka.node(index).restart().expect("a broker starts again on its data");
+            }
+            Self::FillDiskOfKafka(pause) => {
+                let disk = rig.disk_of_kafka().expect("drawn only where there is one");
+                disk.fill();
+                std::thread::sleep(pause);
+                disk.free();
+                // A broker whose only disk failed has ended.
+                rig.revive_kafka();
+            }
+            _ => unreachable!("the caller picks what is done to Kafka"),
+        }
+    }
+
+    fn do_to_database(self, rig: &mut Rig) {
+        let server = rig.database.as_mut().expect("drawn only where there is a server");
+        match self {
+            Self::KillDatabase(pause) => {
+                server.fault(Fault::Kill);
+                std::thread::sleep(pause);
+                server.restart().expect("PostgreSQL starts again on its data");
+            }
+            Self::HangDatabase(pause) => {
+                server.fault(Fault::Stop);
+                std::thread::sleep(pause);
+                server.fault(Fault::Continue);
+            }
+            Self::SlowDatabase(pause) => database::slow_down(server, pause),
+            Self::DeadlockDatabase(pause) => database::deadlock(server, pause),
+            Self::ExhaustConnections(pause) => database::exhaust(server, pause),
+            Self::FillDiskOfDatabase(pause) => {
+                let disk = rig.disk_of_database().expect("drawn only where there is one");
+                disk.fill();
+                std::thread::sleep(pause);
+                disk.free();
+                rig.revive_database();
+            }
+            _ => unreachable!("the caller picks what is done to the database"),
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Everything that a run under faults consists of: services, roles, publishers, a foreign writer.
+
+use super::disk::SmallDisk;
+use super::injection::{Link, Means};
+use super::wall::Wall;
+use super::{Plan, database};
+use crate::cluster::Cluster;
+use crate::{Load, Process, python, root, said, wait_for};
+use serde_json::Value;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use throughline_local::kafka::KafkaOptions;
+use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
+use throughline_local::scratch_dir;
+
+/// Distinct readings a second: enough that every fault meets work in every role, little enough that two cores
+/// keep up while processes start again.
+const RATE: u64 = 400;
+/// Records that nobody can read, as a part of the readings, and a burst that fills one partition.
+const POISON: (u64, u64) = (100, 1_000);
+
+/// Services, roles, publishers and their load. Disks come last: whoever lives there ends first.
+pub struct Rig {
+    /// Kafka, registry and roles.
+    pub cluster: Cluster,
+    /// PostgreSQL, unless the store is SQLite.
+    pub database: Option<ManagedPostgres>,
+    /// What is published.
+    pub load: Load,
+    publisher: Process,
+    publishers: u32,
+    rate: u32,
+    poisoner: Process,
+    kafka_disk: Option<SmallDisk>,
+    database_disk: Option<SmallDisk>,
+    _scratch: TempDir,
+}
+
+impl Rig {
+    /// Starts everything for a plan, with the demo rule in force and the load flowing.
+    ///
+    /// # Panics
+    /// When something does not start.
+    pub fn start(plan: &Plan) -> Self {
+        let scratch = scratch_dir().expect("a temporary directory can be made");
+        let directory = tempfile::tempdir().expect("a temporary directory can be made");
+        let nodes = plan.brokers();
+        let mut options = KafkaOptions::new(directory.path().join("kafka"));
+        options.settings = plan.kafka_settings();
+        let fills = plan.fills_disks();
+        let kafka_dir = if nodes > 1 { options.data_dir.join("1") } else { options.data_dir.clone() };
+        let kafka_disk = fills.then(|| SmallDisk::mount(&kafka_dir)).flatten();
+        let place = scratch.path().join("pg");
+        let database_disk = (fills && plan.has_server()).then(|| SmallDisk::mount(&place)).flatten();
+        let database = plan.has_server().then(|| {
+            let mut options = PostgresOptions::new(&place);
+            options.settings = database::settings();
+            ManagedPostgres::start(options).expect("PostgreSQL starts")
+        });
+        let url = database.as_ref().map(ManagedPostgres::url);
+        let settings = plan.settings(directory.path());
+        let settings: Vec<_> = settings.iter().map(|(name, value)| (&**name, &**value)).collect();
+        let cluster = Cluster::start_on(directory, (&options, nodes), url.as_deref(), &settings);
+        let rule = root().join("demo/rules/demo-overheat.toml").display().to_string();
+        let applied = cluster.command(&["rules", "apply", &rule]);
+        assert!(applied.status.success(), "{}", said(&applied));
+        cluster.wait_for_bridge();
+
+        let mut load = Load::new(plan.seed(), RATE * plan.time().as_secs() * 9 / 10, 400);
+        load.deadline = plan.time() * 2 + Duration::from_secs(240);
+        load.mix = true;
+        let rate = (RATE * 111 / 100) as u32;
+        let publisher = load.publish(&cluster.mqtt_port(), rate, cluster.scratch().join("publish.log"));
+        let poisoner = poison(&cluster, &load, plan);
+        Self {
+            cluster,
+            database,
+            load,
+            publisher,
+            publishers: 1,
+            rate,
+            poisoner,
+            kafka_disk,
+            database_disk,
+            _scratch: scratch,
+        }
+    }
+
+    /// Returns what is possible here.
+    pub fn means(&self) -> Means {
+        Means {
+            has_server: self.database.is_some(),
+            brokers: self.cluster.kafka.nodes(),
+            may_drop: Wall::is_permitted(),
+            small_disks: self.kafka_disk.is_some() && self.database.is_some() == self.database_disk.is_some(),
+        }
+    }
+
+    pub(super) fn ports(&self, link: Link) -> Vec<u16> {
+        match link {
+            Link::Kafka => self.cluster.kafka.ports(),
+            Link::Database => self.database.iter().map(ManagedPostgres::port).collect(),
+            Link::Mqtt => vec![self.cluster.mqtt_port().parse().expect("a port is a number")],
+        }
+    }
+
+    pub(super) fn disk_of_kafka(&self) -> Option<&SmallDisk> {
+        self.kafka_disk.as_ref()
+    }
+
+    pub(super) fn disk_of_database(&self) -> Option<&SmallDisk> {
+        self.database_disk.as_ref()
+    }
+
+    /// Starts the brokers that have ended.
+    pub(super) fn revive_kafka(&mut self) {
+        for index in 0..self.cluster.kafka.nodes() {
+            let node = self.cluster.kafka.node(index);
+            if !node.is_running() {
+                node.restart().expect("a broker starts again on its data");
+            }
+        }
+    }
+
+    /// Starts PostgreSQL again where it does not answer: without space it ends, or waits to be ended.
+    pub(super) fn revive_database(&mut self) {
+        let Some(server) = &mut self.database else { return };
+        let url = server.url();
+        let answers = || {
+            let mut psql = Command::new("psql");
+            psql.args(["--no-psqlrc", "--quiet", "--command", "SELECT 1", &url])
+                .env("PGCONNECT_TIMEOUT", "2");
+            psql.output().is_ok_and(|output| output.status.success())
+        };
+        let end = Instant::now() + Duration::from_secs(5);
+        while !answers() {
+            if Instant::now() > end {
+                return server.restart().expect("PostgreSQL starts again on its data");
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Connects as one of the publishers and goes again: the listener must close the session that it takes
+    /// over, and the publisher takes it back.
+    pub(super) fn take_over_session(&self) {
+        let id = format!("publisher-{}-0", self.load.seed);
+        // MQTT 3.1.1, section 3.1: the session is kept (no clean session), keep-alive 30 s.
+        let mut packet = vec![0x10, 12 + id.len() as u8];
+        packet.extend([0, 4, b'M', b'Q', b'T', b'T', 4, 0, 0, 30, 0, id.len() as u8]);
+        packet.extend(id.as_bytes());
+        let port: u16 = self.cluster.mqtt_port().parse().expect("a port is a number");
+        let answered = TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            stream.write_all(&packet)?;
+            stream.read_exact(&mut [0; 4])
+        });
+        // The bridge may be starting again just now: then nothing was taken over.
+        drop(answered);
+    }
+
+    /// Kills the publishing process and starts another that goes on by the journal.
+    pub(super) fn kill_publisher(&mut self) {
+        self.stop_publisher();
+        self.start_publisher();
+    }
+
+    /// Kills the publishing process, which says nothing to anybody.
+    pub fn stop_publisher(&mut self) {
+        self.publisher.kill();
+    }
+
+    /// Starts a publishing process that goes on by the journal.
+    pub fn start_publisher(&mut self) {
+        self.publishers += 1;
+        let log = self.cluster.scratch().join(format!("publish-{}.log", self.publishers));
+        self.publisher = self.load.publish(&self.cluster.mqtt_port(), self.rate, log);
+    }
+
+    /// Waits for the end of all that is written, starting again what crashes meanwhile, and returns the
+    /// publisher's report.
+    ///
+    /// # Panics
+    /// When a writer does not end in time, or not all of its records were acknowledged.
+    pub fn finish(&mut self) -> Value {
+        let limit = self.load.deadline;
+        wait_for("the publisher's end", limit, || {
+            self.cluster.start_what_crashed();
+            self.publisher.has_ended().then_some(())
+        });
+        wait_for("the end of the poison", limit, || self.poisoner.has_ended().then_some(()));
+        let status = self.poisoner.status().expect("it has ended");
+        assert!(status.success(), "poison.py: {}", self.poisoner.output());
+        let text = self.publisher.output();
+        let report = text.lines().last().and_then(|line| serde_json::from_str::<Value>(line).ok());
+        let report = report.unwrap_or_else(|| panic!("no report of the publisher:\n{text}"));
+        assert!(report["sent"] == report["acknowledged"], "not all acknowledged:\n{text}");
+        report
+    }
+
+    /// Compares Kafka and store with what the journals say.
+    ///
+    /// # Errors
+    /// The differences that the oracle lists.
+    pub fn compare(&self, extra: &[&str]) -> Result<(), String> {
+        let kafka = self.cluster.kafka.bootstrap();
+        let poison = poison_journal(&self.cluster);
+        let arguments = ["--threshold", "90", "--redelivery", "--deadline", "240", "--poison", &poison];
+        self.load.compare(&kafka, self.cluster.database(), &[&arguments[..], extra].concat())
+    }
+}
+
+fn poison_journal(cluster: &Cluster) -> String {
+    cluster.scratch().join("poison.journal").display().to_string()
+}
+
+fn poison(cluster: &Cluster, load: &Load, plan: &Plan) -> Process {
+    let (part, burst) = POISON;
+    let count = if plan.has_poison() { load.readings / part + burst } else { 0 };
+    let rate = (load.readings / part) as f64 / plan.time().as_secs_f64();
+    let mut command = Command::new(python());
+    command.arg(root().join("tests/python/poison.py"));
+    command.args(["--kafka", &cluster.kafka.bootstrap(), "--registry", cluster.registry()]);
+    command.args(["--seed", &load.seed.to_string(), "--count", &count.to_string()]);
+    command.args(["--rate", &format!("{rate:.2}"), "--deadline", &load.deadline.as_secs().to_string()]);
+    command.args(["--journal", &poison_journal(cluster)]);
+    Process::start(&mut command, cluster.scratch().join("poison.log"))
+}
