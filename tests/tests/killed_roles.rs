@@ -7,7 +7,7 @@ use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
 use throughline_local::scratch_dir;
 use throughline_tests::chaos::Random;
 use throughline_tests::cluster::{Cluster, ROLES};
-use throughline_tests::{Load, published, root, said, wait_for};
+use throughline_tests::{Load, published, root, said};
 
 /// Longer than the session of a group's member, so that others take over what a hung one has.
 const LONGER_THAN_A_SESSION: Duration = Duration::from_secs(9);
@@ -33,7 +33,8 @@ fn the_short_run(database: Option<&str>, seed: u64) {
     let mut cluster = Cluster::start_with(database, &SMALL_QUEUE);
     apply_demo_rule(&cluster);
     cluster.wait_for_bridge();
-    let load = Load::new(seed, 50_000, 400);
+    let mut load = Load::new(seed, 50_000, 400);
+    load.mix = true;
     let publisher = load.publish(&cluster.mqtt_port(), 700, cluster.scratch().join("publish.log"));
     let mut victims: Vec<usize> = (0..ROLES.len()).flat_map(|role| [role; 5]).collect();
     let mut random = Random(seed);
@@ -96,7 +97,7 @@ fn acknowledged_messages_survive_a_hung_and_a_killed_kafka() {
     cluster.wait_for_bridge();
     let load = Load::new(13, 60_000, 600);
     let log = cluster.scratch().join("publish.log");
-    let mut publisher = load.publish(&cluster.mqtt_port(), 1_200, log);
+    let publisher = load.publish(&cluster.mqtt_port(), 1_200, log);
     std::thread::sleep(Duration::from_secs(5));
     cluster.kafka.fault(Fault::Stop);
     std::thread::sleep(Duration::from_secs(30));
@@ -105,12 +106,7 @@ fn acknowledged_messages_survive_a_hung_and_a_killed_kafka() {
     cluster.kafka.fault(Fault::Kill);
     std::thread::sleep(Duration::from_secs(2));
     cluster.kafka.restart().expect("Kafka starts again on its data");
-    wait_for("the publisher's end", Duration::from_secs(300), || {
-        // librdkafka 2.12 may end a process when a partition has no leader for a while (its issue 5280, open).
-        // Whoever runs the platform starts it again, and everything must be exact all the same.
-        cluster.start_what_crashed();
-        publisher.has_ended().then_some(())
-    });
-    published(publisher, Duration::from_secs(1));
+    // No role may have ended by itself meanwhile: the comparison would miss its work.
+    published(publisher, Duration::from_secs(300));
     compare(&cluster, &load);
 }

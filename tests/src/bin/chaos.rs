@@ -104,7 +104,7 @@ fn report() {
          partition. The publisher keeps a journal on disk of what was acknowledged to it. Afterwards a program \
          in Python that shares no code with the platform compares that journal with Kafka, tables, dead \
          letters, alerts, twins and outcome counters. Differences must be 0. Crashes are processes that \
-         SIGSEGV ended (librdkafka's issue 5280, see operations.md) and that were started again.\n\n\
+         SIGSEGV ended and that were started again (librdkafka's issue 5280, kept from happening since run 20).\n\n\
          | run | commit | build | brokers | store | readings | publishes acknowledged | faults | crashes | differences |\n\
          |---|---|---|---|---|---|---|---|---|---|\n",
     );
@@ -158,7 +158,9 @@ fn main() -> ExitCode {
     };
     let mut exact = true;
     for plan in plans {
-        if entries().iter().any(|entry| entry["plan"] == plan.name() && is_exact(entry)) {
+        // What ran before there was a journal of the publisher, when there was one broker only, is run again.
+        let counts = |entry: &Value| entry["brokers"].is_u64() && is_exact(entry);
+        if entries().iter().any(|entry| entry["plan"] == plan.name() && counts(entry)) {
             say(&format!("{} is in the journal already", plan.name()));
             continue;
         }
