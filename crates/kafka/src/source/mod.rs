@@ -258,13 +258,14 @@ impl GroupSource {
                 None => warn!("Kafka gave {name}, which the client does not know"),
             }
         }
-        // Offset 0 asks nothing of the cluster, and the pause keeps it from being fetched.
+        // Offset 0 asks nothing of the cluster, and the pause keeps it from being fetched. It comes first: a
+        // fetch between the two would find offset 0 deleted by retention, and its error would arrive after the
+        // seek of `start` and look as if that position did not exist. Once more afterwards, for a partition
+        // that the client learnt of by the assignment only.
         let added = list(offered.iter().map(|p| (p, 0)));
         let all = list(self.partitions.iter().map(|p| (&p.name, if p.started { p.next } else { 0 })));
-        let done = assign(consumer, &added, &all).and_then(|()| match offered.is_empty() {
-            true => Ok(()),
-            false => consumer.pause(&added),
-        });
+        let pause = || if offered.is_empty() { Ok(()) } else { consumer.pause(&added) };
+        let done = pause().and_then(|()| assign(consumer, &added, &all)).and_then(|()| pause());
         if let Err(error) = done {
             self.give_up(&format!("an assignment was refused: {error}"));
         } else if !offered.is_empty() {

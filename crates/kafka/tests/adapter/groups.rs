@@ -105,20 +105,27 @@ fn an_offered_partition_delivers_nothing_until_it_is_started_where_it_is_told() 
     }
 }
 
-#[test]
-fn what_retention_deleted_before_it_was_read_is_overtaken_and_reading_goes_on() {
+/// Deletes the records of partitions before an offset, as retention does.
+fn delete_before(topic: &str, offsets: &[(i32, i64)]) {
     use rdkafka::admin::{AdminClient, AdminOptions};
     use rdkafka::client::DefaultClientContext;
+    let mut client = rdkafka::ClientConfig::new();
+    client.set("bootstrap.servers", broker().bootstrap());
+    let admin: AdminClient<DefaultClientContext> = client.create().expect("a client");
+    let mut upto = rdkafka::TopicPartitionList::new();
+    for (partition, offset) in offsets {
+        upto.add_partition_offset(topic, *partition, rdkafka::Offset::Offset(*offset)).expect("an offset");
+    }
+    futures::executor::block_on(admin.delete_records(&upto, &AdminOptions::new())).expect("deleted");
+}
+
+#[test]
+fn what_retention_deleted_before_it_was_read_is_overtaken_and_reading_goes_on() {
     for (protocol, topics, _) in PROTOCOLS {
         let name = topic("overtaken", 1, &[]);
         let other = topic("overtaken_other", 1, &[]);
         fill(&name, 0, 0, 20);
-        let mut client = rdkafka::ClientConfig::new();
-        client.set("bootstrap.servers", broker().bootstrap());
-        let admin: AdminClient<DefaultClientContext> = client.create().expect("a client");
-        let mut upto = rdkafka::TopicPartitionList::new();
-        upto.add_partition_offset(&name, 0, rdkafka::Offset::Offset(12)).expect("an offset");
-        futures::executor::block_on(admin.delete_records(&upto, &AdminOptions::new())).expect("deleted");
+        delete_before(&name, &[(0, 12)]);
         let config = KafkaConfig { group_protocol: protocol, ..config("a") };
         let names: Vec<&str> = [&*name, &*other].into_iter().take(topics).collect();
         let mut source = join(&config, &unique("overtaken"), &names);
@@ -138,6 +145,34 @@ fn what_retention_deleted_before_it_was_read_is_overtaken_and_reading_goes_on() 
         assert_eq!(records(&mut source).get(0).offset, 20);
         source.start(&[(TopicPartition::new(&*name, 0), 15)]).expect("starts again");
         assert_eq!(records(&mut source).get(0).offset, 15);
+    }
+}
+
+#[test]
+fn a_partition_that_retention_emptied_goes_on_at_its_end() {
+    const PARTITIONS: i32 = 64;
+    let name = topic("emptied", PARTITIONS, &[]);
+    (0..PARTITIONS).for_each(|partition| fill(&name, partition, 0, 3));
+    let ends: Vec<_> = (0..PARTITIONS).map(|partition| (partition, 3)).collect();
+    delete_before(&name, &ends);
+    for protocol in [GroupProtocol::Consumer, GroupProtocol::Classic] {
+        // What would be fetched before `start` is a matter of moments: many partitions, several members.
+        for _ in 0..2 {
+            let config = KafkaConfig { group_protocol: protocol, ..config("a") };
+            let mut source = join(&config, &unique("emptied"), &[&*name]);
+            let partitions = offered(&mut source, PARTITIONS as usize);
+            let starts: Vec<_> = partitions.iter().map(|p| (p.clone(), 3)).collect();
+            source.start(&starts).expect("starts");
+            let mut at_end = 0;
+            event(&mut source, "the end of every partition", |e| match e {
+                PipelineEvent::CaughtUp(_) => {
+                    at_end += 1;
+                    (at_end == PARTITIONS).then_some(())
+                }
+                PipelineEvent::Idle | PipelineEvent::Available => None,
+                other => panic!("{protocol:?}: {other:?}"),
+            });
+        }
     }
 }
 
