@@ -79,7 +79,7 @@ pub struct Means {
 }
 
 impl Injection {
-    /// Derives the next one of those that are possible: about a third are kills of roles, a quarter is done
+    /// Derives the next one of those that are possible: about four in ten are kills of roles, a fifth is done
     /// to Kafka.
     pub fn draw(random: &mut Random, means: Means) -> Self {
         let any = random.one_of(&ROLES);
@@ -87,13 +87,13 @@ impl Injection {
         let broker = random.draw() as usize % means.brokers;
         let (server, several) = (means.has_server, means.brokers > 1);
         let choices = [
-            (24, true, Self::KillRole(any)),
+            (36, true, Self::KillRole(any)),
             (4, true, Self::HangRole(any, random.pause(500, 9_000))),
             (4, true, Self::JoinAndLeave(stage, random.pause(2_000, 8_000))),
             (if several { 1 } else { 9 }, true, Self::KillKafka(random.pause(0, 4_000))),
-            (if several { 1 } else { 9 }, true, Self::HangKafka(random.pause(500, 12_000))),
+            (if several { 1 } else { 9 }, true, Self::HangKafka(random.pause(500, 9_000))),
             (7, several, Self::KillBroker(broker, random.pause(0, 6_000))),
-            (6, several, Self::HangBroker(broker, random.pause(500, 12_000))),
+            (6, several, Self::HangBroker(broker, random.pause(500, 9_000))),
             (3, several, Self::RestartBroker(broker)),
             (2, means.small_disks, Self::FillDiskOfKafka(random.pause(1_000, 8_000))),
             (2, server, Self::KillDatabase(random.pause(0, 4_000))),

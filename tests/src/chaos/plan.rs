@@ -163,7 +163,7 @@ impl Plan {
             Self::Seed(..) => {
                 while Instant::now() < end {
                     // Some faults meet a platform that still recovers from the one before.
-                    std::thread::sleep(random.pause(200, 2_500));
+                    std::thread::sleep(random.pause(200, 1_500));
                     inject(Injection::draw(&mut random, means), rig);
                 }
             }
