@@ -5,6 +5,7 @@
 //! - [`TopicReader`] reads tables (compacted topics) to the end they had when asked.
 //! - [`PartitionReader`] reads stretches of partitions, for dead letters that are replayed.
 //! - [`AckedProducer`] and [`IngressProducer`] write outside transactions.
+//! - [`ask_incarnation`] tells a topic from another that has the same name.
 //! - [`RegistryClient`] speaks Confluent's schema registry API.
 //! - [`admin`], [`browse`] and [`lag`] serve operators: topics, groups, records, delays.
 //! - [`baseline`] is the plain client that benchmarks compare with.
@@ -17,6 +18,7 @@ mod bystander;
 mod config;
 mod context;
 mod failure;
+mod incarnation;
 mod ingress;
 pub mod lag;
 mod message;
@@ -30,6 +32,7 @@ mod tail;
 mod transactions;
 
 pub use config::{GroupProtocol, KafkaConfig};
+pub use incarnation::ask_incarnation;
 pub use ingress::{IngressConfig, IngressProducer};
 pub use outlet::AckedProducer;
 pub use reader::TopicReader;

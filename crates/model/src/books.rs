@@ -12,6 +12,8 @@ pub const METADATA_BYTES_MAX: usize = 1_024;
 const REASONS_MAX: usize = 16;
 /// The longest name of a volume; ours have 40 bytes at most.
 const VOLUME_BYTES_MAX: usize = 128;
+/// The longest id of a cluster or topic; Kafka's have 22 bytes, as we write those of topics 36.
+const ID_BYTES_MAX: usize = 128;
 const VERSION: u32 = 1;
 
 /// Cumulative counts since the volume began.
@@ -38,6 +40,31 @@ pub struct Books {
     /// The sum of the reasons that are not listed.
     #[serde(rename = "rest", default)]
     other_reasons: u64,
+    /// Where the offset counts. `None` in books of versions that did not say so, and in those of load
+    /// stages, whose database says it in columns of its own.
+    #[serde(rename = "of", default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+}
+
+/// Which of the clusters and topics that ever had their names an offset, and the state beside it, belong to.
+/// A topic that is deleted and made anew has another id.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The id of the cluster.
+    #[serde(rename = "cl")]
+    pub cluster: String,
+    /// The id of the topic that the offset counts in.
+    #[serde(rename = "t")]
+    pub topic: String,
+    /// The id of the changelog that holds the state which the records before the offset made.
+    #[serde(rename = "st", default, skip_serializing_if = "Option::is_none")]
+    pub changelog: Option<String>,
+}
+
+impl Origin {
+    fn ids(&self) -> impl Iterator<Item = &String> {
+        [&self.cluster, &self.topic].into_iter().chain(&self.changelog)
+    }
 }
 
 /// Commit metadata that is not ours.
@@ -114,10 +141,11 @@ impl Books {
         let counts = self.counts.iter().chain([&self.positions_without_record, &self.overtaken]);
         let total = counts.chain(self.reasons.values()).chain([&self.other_reasons]);
         let total = total.fold(0u128, |sum, n| sum + u128::from(*n));
+        let fits = |text: &str, bytes_max| text.len() <= bytes_max && !text.chars().any(char::is_control);
         self.version == VERSION
             && total <= i64::MAX as u128
-            && self.volume.len() <= VOLUME_BYTES_MAX
-            && !self.volume.chars().any(char::is_control)
+            && fits(&self.volume, VOLUME_BYTES_MAX)
+            && self.origin.iter().flat_map(Origin::ids).all(|id| fits(id, ID_BYTES_MAX))
     }
 }
 
@@ -134,10 +162,21 @@ mod tests {
             books.count(&settled);
         }
         books.count(&Settled::emitted());
+        let id = || "9bfedc93-7451-4d36-bf31-9ebcbfd39142".to_owned();
+        books.origin = Some(Origin { cluster: "x".repeat(36), topic: id(), changelog: Some(id()) });
         let text = books.to_metadata();
         assert!(text.len() <= METADATA_BYTES_MAX, "{}", text.len());
         let back = Books::from_metadata(&text).expect("ours");
+        assert_eq!(back.origin, books.origin);
         assert_eq!((back.of(Outcome::Ignored), back.of(Outcome::Emitted), back.records_read()), (40, 1, 41));
+    }
+
+    #[test]
+    fn books_of_a_version_that_did_not_say_where_they_count_are_read() {
+        let old = r#"{"v":1,"vol":"volume-1","n":[7,0,0,0,0,0],"empty":1,"over":0,"why":{},"rest":0}"#;
+        let books = Books::from_metadata(old).expect("ours");
+        assert_eq!((books.records_read(), &books.origin), (7, &None));
+        assert_eq!(books.to_metadata(), old, "what does not know it does not invent it");
     }
 
     #[test]
@@ -152,6 +191,7 @@ mod tests {
             r#"{"v":1,"vol":"x","n":[9223372036854775807,1,0,0,0,0]}"#,
             r#"{"v":1,"vol":"x","n":[0,0,0,0,0,0],"why":{"a":9223372036854775807,"b":1}}"#,
             &format!(r#"{{"v":1,"vol":"{}","n":[0,0,0,0,0,0]}}"#, "x".repeat(2_000)),
+            &format!(r#"{{"v":1,"vol":"x","n":[0,0,0,0,0,0],"of":{{"cl":"{}","t":""}}}}"#, "x".repeat(2_000)),
         ] {
             assert!(Books::from_metadata(text).is_err(), "{text}");
         }

@@ -5,16 +5,14 @@ use crate::context::Context;
 use crate::failure::CliError;
 use crate::predict::{self, Prediction};
 use crate::watch;
-use base64::Engine;
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use throughline_kafka::admin::Admin;
 use throughline_kafka::{
-    AckedProducer, BatchBounds, GroupSource, KafkaConfig, PartitionReader, TopicReader, TransactionalProducer,
+    AckedProducer, BatchBounds, GroupSource, PartitionReader, TopicReader, TransactionalProducer,
+    ask_incarnation,
 };
 use throughline_model::catalog::replay_topic;
 use throughline_model::dead_letter;
@@ -22,17 +20,16 @@ use throughline_model::record::Batch;
 use throughline_model::stage::{Decide, Load, StageSpec};
 use throughline_runtime::ports::Failure;
 use throughline_runtime::{
-    DecidePorts, LoadPorts, LoopConfig, REPLAYS_MAX, ReprocessDeadLetters, WallClock, reprocess_spec,
-    run_decide, run_load,
+    DecidePorts, Incarnation, LoadPorts, LoopConfig, REPLAYS_MAX, ReprocessDeadLetters, WallClock,
+    reprocess_spec, run_decide, run_load,
 };
 use throughline_stages::bridge_data::BridgeData;
 use throughline_stages::evaluate_rules::EvaluateRules;
 use throughline_stages::load_warehouse::LoadWarehouse;
 use throughline_stages::project_twins::ProjectTwins;
 use throughline_stages::update_twin::UpdateTwin;
-use throughline_store::{AskIncarnation, Incarnation, SqlStore, StoreOptions};
+use throughline_store::{SqlStore, StoreOptions};
 use throughline_telemetry::RoleHealth;
-use uuid::Uuid;
 
 /// A role: what `throughline run NAME` starts.
 pub struct Role {
@@ -205,6 +202,7 @@ fn decide_with<D: Decide>(
         transactions,
         tables: TopicReader::new(&kafka),
         schemas: context.registry(),
+        incarnation: ask_incarnation(&kafka, &topics, spec.changelog.as_deref()),
         codec: Arc::clone(&context.codec),
         clock: Arc::new(WallClock),
     };
@@ -216,6 +214,7 @@ fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), 
     let spec = stage.spec().clone();
     let kafka = context.kafka();
     let topics = subscription(&spec, false);
+    let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
     let say = |dependency, message: &str| {
         // Waiting is not being stuck.
         health.turned();
@@ -226,7 +225,6 @@ fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), 
     };
     let open = || SqlStore::open(&context.config.database.url, options.clone());
     let Some(store) = context.until_available(say, open)? else { return Ok(()) };
-    let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
     let source = GroupSource::join(&kafka, spec.group, &topics, BatchBounds::default())?;
     let outlet = AckedProducer::for_member(&kafka, source.membership());
     let ports = LoadPorts {
@@ -234,6 +232,7 @@ fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), 
         store,
         outlet,
         schemas: context.registry(),
+        incarnation: ask_incarnation(&kafka, &topics, spec.changelog.as_deref()),
         codec: Arc::clone(&context.codec),
         clock: Arc::new(WallClock),
     };
@@ -241,45 +240,12 @@ fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), 
         .map_err(|stopped| CliError::failed(stopped.to_string()))
 }
 
-/// Returns which incarnation of cluster and topics the offsets in the store count in, and how to ask again.
-pub fn store_options(context: &Context, topics: &[String]) -> Result<StoreOptions, Failure> {
-    let (kafka, topics) = (context.kafka(), topics.to_vec());
-    let ask = AskIncarnation::new(move || incarnation(&kafka, &topics));
+/// Returns which cluster and topics the offsets in the store count in, and how to ask again.
+///
+/// # Errors
+/// [`Failure::Dependency`] while Kafka cannot be asked.
+pub fn store_options(context: &Context, topics: &[&str]) -> Result<StoreOptions, Failure> {
+    let ask = ask_incarnation(&context.kafka(), topics, None);
     let Incarnation { cluster_id, topic_ids } = ask.ask()?;
     Ok(StoreOptions { cluster_id, topic_ids, ask: Some(ask), ..StoreOptions::default() })
-}
-
-/// Asks the cluster with a client of its own: one that lives on remembers the id of its first cluster.
-fn incarnation(kafka: &KafkaConfig, topics: &[String]) -> Result<Incarnation, Failure> {
-    let admin = Admin::new(kafka)?;
-    let names: Vec<&str> = topics.iter().map(String::as_str).collect();
-    let mut topic_ids = HashMap::new();
-    for (topic, id) in admin.topic_ids(&names)? {
-        let id = topic_id(&id).ok_or_else(|| Failure::Dependency {
-            dependency: "kafka",
-            message: format!("the cluster gives `{id}` as the id of topic `{topic}`"),
-        })?;
-        topic_ids.insert(topic, id);
-    }
-    Ok(Incarnation { cluster_id: admin.cluster_id()?, topic_ids })
-}
-
-/// Reads a topic id in base64 without padding: librdkafka writes `+` and `/` where Kafka's tools write `-`
-/// and `_`.
-fn topic_id(text: &str) -> Option<Uuid> {
-    let standard = text.replace('-', "+").replace('_', "/");
-    let bytes = base64::engine::general_purpose::STANDARD_NO_PAD.decode(standard).ok()?;
-    Uuid::from_slice(&bytes).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn topic_ids_of_both_alphabets_read_as_the_same_bytes() {
-        let id = topic_id("m/7ck3RhTTa/MZ68v9ORQg").expect("as librdkafka writes it");
-        assert_eq!(topic_id("m_7ck3RhTTa_MZ68v9ORQg"), Some(id));
-        assert_eq!(topic_id("short"), None);
-    }
 }

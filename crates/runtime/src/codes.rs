@@ -13,12 +13,16 @@ pub struct Code {
     pub remedy: &'static str,
 }
 
+/// Offsets or state belong to a cluster or topic that was replaced.
+pub const REPLACED: &str = "TL-KAFKA-011";
 /// A committed offset carries metadata that the stage did not write.
 pub const FOREIGN_OFFSET: &str = "TL-KAFKA-012";
 /// The changelog holds something that is not a state of the stage.
 pub const STATE_UNREADABLE: &str = "TL-STATE-001";
 /// A state does not fit its schema.
 pub const STATE_UNWRITABLE: &str = "TL-STATE-002";
+/// There is state, but no position that it belongs to.
+pub const STATE_WITHOUT_POSITION: &str = "TL-STATE-003";
 /// A stage emitted a value that does not fit its topic's schema.
 pub const OUTPUT_INVALID: &str = "TL-STAGE-001";
 /// A timer that fired is still due.
@@ -27,6 +31,8 @@ pub const TIMER_STUCK: &str = "TL-STAGE-002";
 pub const TOPIC_UNEXPECTED: &str = "TL-STAGE-003";
 /// A store refused a write that holds no rows.
 pub const STORE_REFUSES_NOTHING: &str = "TL-STORE-009";
+/// The database stands before what it had once taken.
+pub const STORE_FELL_BACK: &str = "TL-STORE-010";
 
 /// Every code, in order of its id.
 pub const CODES: &[Code] = &[
@@ -66,6 +72,18 @@ pub const CODES: &[Code] = &[
         remedy: "Stop the stage's members. `throughline groups adopt <group> --begin earliest` (repeats are \
                  possible) or `--begin end` (what is there is skipped) shows what it would do, and does it \
                  with `--yes`.",
+    },
+    Code {
+        id: REPLACED,
+        title: "offsets or state belong to another cluster or to a topic that is gone",
+        explanation: "A topic, or the changelog that held the state, was deleted and made anew under the same \
+                      name, or the address leads to another Kafka cluster. An offset of before says nothing \
+                      about what is there now, so going on would skip or repeat records, or decide without \
+                      the state. The commit metadata of every offset names cluster, topic and changelog.",
+        remedy: "Where the address is wrong, correct it. Else stop the stage's members; `throughline groups \
+                 adopt <group> --begin earliest` (nothing is skipped, repeats are possible), `--begin end` \
+                 (what is there is skipped) or `--begin here` (the offset still fits: only the state was \
+                 lost, say) shows what it would do, and does it with `--yes`.",
     },
     Code {
         id: FOREIGN_OFFSET,
@@ -124,6 +142,16 @@ pub const CODES: &[Code] = &[
         remedy: "Report the defect with the message; the previous version of the stage can take over.",
     },
     Code {
+        id: STATE_WITHOUT_POSITION,
+        title: "a changelog holds state, but the group has no committed offset",
+        explanation: "The broker forgot the group's offsets: its inputs were deleted (and made anew), the group \
+                      was deleted, or had no members for longer than `offsets.retention.minutes`. Beginning \
+                      at the earliest record would repeat those that have no sequence identity.",
+        remedy: "Stop the stage's members. `throughline groups adopt <group> --begin earliest` (nothing is \
+                 skipped; right after a topic was made anew) or `--begin end` (what is there is skipped) \
+                 shows what it would do, and does it with `--yes`.",
+    },
+    Code {
         id: "TL-STORE-001",
         title: "the address of the database cannot be used",
         explanation: "It is neither `sqlite:///absolute/path.db` nor `postgres://user@host/database`.",
@@ -171,6 +199,17 @@ pub const CODES: &[Code] = &[
                       its own tables do not fit this version.",
         remedy: "The message holds the database's answer. Tables are brought up to date when a role \
                  starts; undo what was changed in them by hand.",
+    },
+    Code {
+        id: STORE_FELL_BACK,
+        title: "the database stands before what it had taken already",
+        explanation: "Kafka's copy of the offset is written after the database's commit, so it is never \
+                      ahead of it, unless the database lost commits: it was restored from a backup, a \
+                      standby took over that lagged behind, or it is another or a new one.",
+        remedy: "Where the address is wrong, correct it. Else stop the stage's members: `throughline groups \
+                 adopt <group>` shows where the database stands and what retention deleted meanwhile, and \
+                 lets the stage go on from there with `--yes`: what the database lost is written again, \
+                 nothing twice. A new database begins with `--begin earliest`.",
     },
 ];
 

@@ -82,6 +82,11 @@ pub struct Stopped {
 }
 
 impl Stopped {
+    /// Passes on only what stops the stage.
+    pub(crate) fn unless_stopped(stage: &'static str, done: Result<(), Failure>) -> Result<(), Self> {
+        done.or_else(|failure| Self::unless_recoverable(stage, failure).map(drop))
+    }
+
     /// Tells a failure that stops the stage from one that the loop recovers from.
     pub(crate) fn unless_recoverable(stage: &'static str, failure: Failure) -> Result<Failure, Self> {
         match failure {

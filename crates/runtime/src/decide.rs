@@ -12,6 +12,7 @@ use crate::clock::{Backoff, Clock, elapsed, seconds_between};
 use crate::codes;
 use crate::config::{LoopConfig, Shutdown, Stopped};
 use crate::dead_letter::Fault;
+use crate::incarnation::{AskIncarnation, Watch};
 use crate::lane::{BatchTiming, Lane, wait_seconds};
 use crate::ports::{Failure, PipelineEvent, SchemaSource, Source, TableReader, Transactions};
 use crate::schemas::Schemas;
@@ -42,6 +43,8 @@ pub struct DecidePorts<S, T, R, Q> {
     pub tables: R,
     /// Resolves schema ids.
     pub schemas: Q,
+    /// Asks which cluster and topics these are: the inputs, their replay topics, the changelog.
+    pub incarnation: AskIncarnation,
     /// The schemas known so far, with the output topics bound.
     pub codec: Arc<Codec>,
     /// The platform's time.
@@ -93,6 +96,7 @@ pub struct DecideLoop<D: Decide, S, T, R, Q> {
     schemas: Schemas<Q>,
     clock: Arc<dyn Clock>,
     signals: Signals,
+    watch: Watch,
     tables: Tables,
     effects: Effects,
     lanes: BTreeMap<TopicPartition, Lane>,
@@ -153,6 +157,7 @@ where
             schemas: Schemas::new(ports.schemas, Arc::clone(&ports.codec), &config),
             clock: ports.clock,
             signals: Signals::new(spec.group, health),
+            watch: Watch::new(spec.group, ports.incarnation),
             tables: Tables::default(),
             effects: Effects::new(ports.codec),
             lanes: BTreeMap::new(),
@@ -176,6 +181,8 @@ where
     pub fn turn(&mut self) -> Result<(), Stopped> {
         let event = self.source.poll(self.wait());
         self.signals.turned();
+        let looked = self.watch.look(self.clock.now());
+        Stopped::unless_stopped(self.spec.group, looked)?;
         self.take(event)?;
         if self.needs_reset {
             self.reset()?;

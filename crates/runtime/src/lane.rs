@@ -3,11 +3,12 @@
 use crate::clock::seconds_between;
 use crate::config::LoopConfig;
 use crate::dead_letter::Destination;
+use crate::incarnation;
 use crate::ports::{Advance, BooksFound, Failure, Position};
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use throughline_model::books::Books;
+use throughline_model::books::{Books, Origin};
 use throughline_model::catalog::{dlt_topic, parking_topic, replay_topic};
 use throughline_model::outcome::{Outcome, Settled};
 use throughline_model::record::{Batch, TopicPartition};
@@ -146,11 +147,17 @@ impl Lane {
         })
     }
 
-    /// Takes the committed position and begins to count from it.
+    /// Takes the committed position and begins to count from it. `origin` is what offsets in this partition
+    /// belong to now, where the books say it.
     ///
     /// # Errors
-    /// [`Failure::Stop`] where a foreign tool moved the offset.
-    pub(crate) fn position(&mut self, group: &str, found: Position) -> Result<(), Failure> {
+    /// [`Failure::Stop`] where a foreign tool moved the offset, or where it belongs to something else.
+    pub(crate) fn position(
+        &mut self,
+        group: &str,
+        found: Position,
+        origin: Option<Origin>,
+    ) -> Result<(), Failure> {
         self.books = match found.books {
             BooksFound::New => Books::open(FIRST_VOLUME),
             BooksFound::Ours(books) => books,
@@ -163,6 +170,13 @@ impl Lane {
                 return Err(Failure::Stop { code: crate::codes::FOREIGN_OFFSET, message });
             }
         };
+        if let Some(now) = origin {
+            // Books of an older version do not say where they count; they do from the next commit on.
+            if let Some(then) = &self.books.origin {
+                incarnation::compare(group, &self.source, found.next, then, &now)?;
+            }
+            self.books.origin = Some(now);
+        }
         self.from = found.next;
         self.next = found.next;
         Ok(())

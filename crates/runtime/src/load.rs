@@ -12,8 +12,9 @@ use crate::codes;
 use crate::config::{LoopConfig, Shutdown, Stopped};
 use crate::dead_letter::Fault;
 use crate::decide::message_age;
+use crate::incarnation::{AskIncarnation, Watch};
 use crate::lane::{BatchTiming, Lane, wait_seconds};
-use crate::ports::{Failure, Outlet, PipelineEvent, SchemaSource, Source, Store};
+use crate::ports::{BooksFound, Failure, Outlet, PipelineEvent, Position, SchemaSource, Source, Store};
 use crate::schemas::Schemas;
 use crate::signals::{Notes, Signals};
 use std::borrow::Cow;
@@ -39,6 +40,8 @@ pub struct LoadPorts<S, W, O, Q> {
     pub outlet: O,
     /// Resolves schema ids.
     pub schemas: Q,
+    /// Asks which cluster and topics these are: the inputs and their replay topics.
+    pub incarnation: AskIncarnation,
     /// The schemas known so far.
     pub codec: Arc<Codec>,
     /// The platform's time.
@@ -83,6 +86,7 @@ pub struct LoadLoop<L, S, W, O, Q> {
     schemas: Schemas<Q>,
     clock: Arc<dyn Clock>,
     signals: Signals,
+    watch: Watch,
     lanes: BTreeMap<TopicPartition, Lane>,
     pieces: Vec<Piece>,
     bytes: usize,
@@ -114,6 +118,7 @@ where
             schemas: Schemas::new(ports.schemas, ports.codec, &config),
             clock: ports.clock,
             signals: Signals::new(spec.group, health),
+            watch: Watch::new(spec.group, ports.incarnation),
             lanes: BTreeMap::new(),
             pieces: Vec::new(),
             bytes: 0,
@@ -136,6 +141,8 @@ where
     pub fn turn(&mut self) -> Result<(), Stopped> {
         let event = self.source.poll(self.wait());
         self.signals.turned();
+        let looked = self.watch.look(self.clock.now());
+        Stopped::unless_stopped(self.spec.group, looked)?;
         self.take(event)?;
         self.set_up()?;
         self.write_if_due()?;
@@ -235,10 +242,17 @@ where
         if waiting.is_empty() {
             return Ok(());
         }
+        if !self.watch.has_begun() {
+            self.watch.ask()?;
+        }
+        // Kafka's copies first: what another writer commits and copies meanwhile must not look like a loss.
+        let copies = self.source.committed(&waiting)?;
         let positions = self.store.positions(self.spec.group, &waiting)?;
-        for (partition, found) in waiting.iter().zip(positions) {
+        for ((partition, found), copy) in waiting.iter().zip(positions).zip(copies) {
+            expect_not_behind(self.spec.group, partition, &found, &copy)?;
             let lane = self.lanes.get_mut(partition).expect("it was just listed");
-            lane.position(self.spec.group, found)?;
+            // The store compares where its offsets count.
+            lane.position(self.spec.group, found, None)?;
         }
         let starts: Vec<_> = waiting.iter().map(|p| (p.clone(), self.lanes[p].next)).collect();
         self.source.start(&starts)?;
@@ -415,6 +429,31 @@ where
             state_keys: 0,
         });
     }
+}
+
+/// Stops where the database stands before Kafka's copy of its position, which is written after the database's
+/// commit. What a foreign tool committed says nothing about the database.
+fn expect_not_behind(
+    group: &str,
+    partition: &TopicPartition,
+    found: &Position,
+    copy: &Position,
+) -> Result<(), Failure> {
+    if !matches!(copy.books, BooksFound::Ours(_)) || copy.next <= found.next {
+        return Ok(());
+    }
+    let stands = match found.next {
+        ..0 => "has no position".to_owned(),
+        next => format!("stands at {next}"),
+    };
+    Err(Failure::Stop {
+        code: codes::STORE_FELL_BACK,
+        message: format!(
+            "the database {stands} in {partition}, but group `{group}` had stored everything up to {} there: it \
+             was restored from a backup, or is another one; `throughline groups adopt {group}` shows how to go on",
+            copy.next
+        ),
+    })
 }
 
 fn rows_of<L: Load>(

@@ -247,8 +247,8 @@ pub trait Outlet {
     /// [`Failure::Dependency`] when one was not; others may have been written.
     fn send_all(&mut self, outbox: &Outbox) -> Result<(), Failure>;
 
-    /// Mirrors the positions of a load stage to Kafka for lag tools; the database decides, so an error is
-    /// only logged.
+    /// Mirrors the positions of a load stage to Kafka for lag tools, and as a witness against a database that
+    /// fell back; the database decides, so an error is only logged. Never called before the database's commit.
     fn mirror(&mut self, group: &str, advances: &[Advance]);
 }
 

@@ -1,47 +1,8 @@
-//! Which Kafka cluster and which of the topics that ever had a name offsets count in.
+//! Which Kafka cluster and which of the topics that ever had a name the stored offsets count in.
 
 use crate::{StoreOptions, StoredOffset, error};
-use std::collections::HashMap;
-use std::fmt;
-use std::sync::Arc;
 use throughline_runtime::ports::Failure;
 use uuid::Uuid;
-
-/// A cluster and its topics, as they are now.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Incarnation {
-    /// The id of the cluster.
-    pub cluster_id: String,
-    /// The id of each topic that exists.
-    pub topic_ids: HashMap<String, Uuid>,
-}
-
-type Ask = dyn Fn() -> Result<Incarnation, Failure> + Send + Sync;
-
-/// Asks Kafka for the [`Incarnation`]: a closure, so that the store knows no client.
-#[derive(Clone)]
-pub struct AskIncarnation(Arc<Ask>);
-
-impl AskIncarnation {
-    /// Wraps a closure that asks anew each time it is called, never from a cache.
-    pub fn new(ask: impl Fn() -> Result<Incarnation, Failure> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(ask))
-    }
-
-    /// Asks.
-    ///
-    /// # Errors
-    /// What the closure says: [`Failure::Dependency`] while Kafka cannot be asked.
-    pub fn ask(&self) -> Result<Incarnation, Failure> {
-        (self.0)()
-    }
-}
-
-impl fmt::Debug for AskIncarnation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("AskIncarnation")
-    }
-}
 
 /// Takes the incarnation as it is now. A topic that was known and is gone is waited for: it may be about
 /// to be made again, and only then is there something to decide.
@@ -80,7 +41,7 @@ pub(crate) fn other_incarnation(
         code: error::INCARNATION,
         message: format!(
             "the offset {} of group `{group}` at {} counts in cluster `{}`, topic id {}, but this is cluster \
-             `{cluster_id}`, topic id {topic_id}; decide with `throughline groups adopt {group} --topic {} --begin earliest` or `--begin end`",
+             `{cluster_id}`, topic id {topic_id}; decide with `throughline groups adopt {group} --topic {} --begin earliest`, `--begin end` or `--begin here`",
             stored.next, stored.partition, stored.cluster_id, stored.topic_id, stored.partition.topic
         ),
     }

@@ -20,7 +20,6 @@ mod sqlite;
 mod validate;
 
 pub use error::CODES;
-pub use incarnation::{AskIncarnation, Incarnation};
 pub use read::Table;
 pub use validate::{ID_BYTES_MAX, TEXT_BYTES_MAX, validate};
 
@@ -33,8 +32,8 @@ use std::time::Duration;
 use throughline_model::books::Books;
 use throughline_model::record::TopicPartition;
 use throughline_model::rows::{AlertRow, ReadingRow, Rows, SessionRow, TwinRow};
-use throughline_runtime::Sabotage;
 use throughline_runtime::ports::{Advance, BooksFound, Failure, Position, Store};
+use throughline_runtime::{AskIncarnation, Sabotage};
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 

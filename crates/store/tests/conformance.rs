@@ -15,7 +15,8 @@ use throughline_model::record::TopicPartition;
 use throughline_model::rows::{AlertRow, ReadingRow, Rows, SessionRow, TwinRow};
 use throughline_model::time::Timestamp;
 use throughline_runtime::ports::{Advance, BooksFound, Failure, Position, Store};
-use throughline_store::{AskIncarnation, Incarnation, SqlStore, StoreOptions, Table};
+use throughline_runtime::{AskIncarnation, Incarnation};
+use throughline_store::{SqlStore, StoreOptions, Table};
 use throughline_testkit::conformance;
 use uuid::Uuid;
 

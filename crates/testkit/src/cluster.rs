@@ -12,8 +12,9 @@ use std::time::Duration;
 use throughline_model::ids::partition_of;
 use throughline_model::record::{Batch, Outgoing, TopicPartition};
 use throughline_model::time::Timestamp;
-use throughline_runtime::Clock;
 use throughline_runtime::ports::{Failure, PipelineEvent};
+use throughline_runtime::{AskIncarnation, Clock, Incarnation};
+use uuid::Uuid;
 
 /// After this time the broker ends an open transaction and fences its producer (`transaction.timeout.ms`).
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -86,6 +87,10 @@ pub(crate) struct Producer {
 #[derive(Default)]
 pub(crate) struct Inner {
     topics: BTreeMap<Arc<str>, Vec<Log>>,
+    ids: BTreeMap<Arc<str>, Uuid>,
+    /// Topics that were made, for their ids.
+    made: u128,
+    cluster_id: String,
     pub(crate) fates: Vec<Fate>,
     pub(crate) groups: BTreeMap<String, Group>,
     pub(crate) producers: BTreeMap<String, Producer>,
@@ -120,6 +125,37 @@ impl MemoryCluster {
     /// Creates a topic, or leaves it as it is.
     pub fn create_topic(&self, name: &str, partitions: i32) {
         self.lock().create(name, partitions);
+    }
+
+    /// Deletes a topic and makes an empty one under its name, which has another id. Committed offsets stay: a
+    /// broker drops them, but a member that runs on may commit the old ones again.
+    pub fn recreate_topic(&self, name: &str) {
+        let mut inner = self.lock();
+        let partitions = inner.partitions(name);
+        inner.topics.remove(name);
+        inner.create(name, partitions);
+    }
+
+    /// Gives the cluster another id, as where its address leads to another one.
+    pub fn become_another(&self, id: &str) {
+        id.clone_into(&mut self.lock().cluster_id);
+    }
+
+    /// Drops the committed offsets of a group, as a broker does after `offsets.retention.minutes`.
+    pub fn forget_offsets(&self, group: &str) {
+        if let Some(group) = self.lock().groups.get_mut(group) {
+            group.offsets.clear();
+        }
+    }
+
+    /// Returns what asks for the ids of the cluster and of every topic.
+    pub fn ask_incarnation(&self) -> AskIncarnation {
+        let cluster = self.clone();
+        AskIncarnation::new(move || {
+            let inner = cluster.lock();
+            let topic_ids = inner.ids.iter().map(|(name, id)| (name.to_string(), *id)).collect();
+            Ok(Incarnation { cluster_id: inner.cluster_id.clone(), topic_ids })
+        })
     }
 
     /// Appends a record outside any transaction and returns its offset.
@@ -236,8 +272,11 @@ impl MemoryCluster {
 
 impl Inner {
     pub(crate) fn create(&mut self, name: &str, partitions: i32) {
-        let logs = || (0..partitions).map(|_| Log::default()).collect();
-        self.topics.entry(name.into()).or_insert_with(logs);
+        if !self.topics.contains_key(name) {
+            self.topics.insert(name.into(), (0..partitions).map(|_| Log::default()).collect());
+            self.made += 1;
+            self.ids.insert(name.into(), Uuid::from_u128(self.made));
+        }
     }
 
     pub(crate) fn partitions(&mut self, topic: &str) -> i32 {

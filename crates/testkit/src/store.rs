@@ -58,6 +58,16 @@ impl MemoryStore {
         self.inner.lock().positions.get(&(group.to_owned(), partition.clone())).cloned()
     }
 
+    /// Makes a store that holds what this one does now, as a backup is.
+    pub fn backup(&self) -> Self {
+        let inner = self.inner.lock();
+        let (rows, positions) = (inner.rows.clone(), inner.positions.clone());
+        Self {
+            inner: Arc::new(Mutex::new(Inner { rows, positions, refuses: None })),
+            faults: self.faults.clone(),
+        }
+    }
+
     /// Moves a position as another writer does.
     pub fn steal(&self, group: &str, partition: &TopicPartition, to: i64) {
         let mut inner = self.inner.lock();

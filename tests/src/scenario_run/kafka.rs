@@ -10,7 +10,7 @@ use throughline_kafka::admin::{Admin, NewTopic};
 use throughline_kafka::browse::{Begin, Stop, browse};
 use throughline_kafka::{
     AckedProducer, BatchBounds, GroupSource, KafkaConfig, RegistryClient, RegistryConfig, TopicReader,
-    TransactionalProducer,
+    TransactionalProducer, ask_incarnation,
 };
 use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_local::registry::EmbeddedRegistry;
@@ -19,7 +19,7 @@ use throughline_model::codec::Codec;
 use throughline_model::record::{Outbox, TopicPartition};
 use throughline_model::stage::Decide;
 use throughline_runtime::ports::{Failure, Outlet};
-use throughline_runtime::{Clock, WallClock};
+use throughline_runtime::{AskIncarnation, Clock, WallClock};
 use throughline_stages::bridge_data::BridgeData;
 use throughline_stages::evaluate_rules::EvaluateRules;
 use throughline_stages::update_twin::UpdateTwin;
@@ -131,6 +131,10 @@ impl World for KafkaWorld {
         let source = GroupSource::join(&self.config, group, topics, BatchBounds::default())?;
         let transactions = TransactionalProducer::new(&self.config, group, source.membership());
         Ok((source, transactions))
+    }
+
+    fn ask_incarnation(&self, topics: &[&str], changelog: Option<&str>) -> AskIncarnation {
+        ask_incarnation(&self.config, topics, changelog)
     }
 
     fn tables(&self) -> TopicReader {

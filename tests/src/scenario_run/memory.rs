@@ -7,8 +7,8 @@ use std::time::Duration;
 use throughline_model::catalog::{Catalog, Desired};
 use throughline_model::codec::Codec;
 use throughline_model::record::{Outbox, TopicPartition};
-use throughline_runtime::Clock;
 use throughline_runtime::ports::{Failure, Outlet};
+use throughline_runtime::{AskIncarnation, Clock};
 use throughline_testkit::{
     FakeClock, MemoryCluster, MemoryOutlet, MemorySchemas, MemorySource, MemoryTables, MemoryTransactions,
 };
@@ -67,6 +67,10 @@ impl World for MemoryWorld {
         let source = MemorySource::join(&self.cluster, group, topics, BATCH_MAX);
         let transactions = MemoryTransactions::new(&self.cluster, group, group, &source);
         Ok((source, transactions))
+    }
+
+    fn ask_incarnation(&self, _: &[&str], _: Option<&str>) -> AskIncarnation {
+        self.cluster.ask_incarnation()
     }
 
     fn tables(&self) -> MemoryTables {

@@ -216,6 +216,7 @@ impl<'a, W: World, D: Decide> Run<'a, W, D> {
             transactions: Killable::new(transactions, self.kill.clone()),
             tables: self.world.tables(),
             schemas: self.world.schemas(),
+            incarnation: self.world.ask_incarnation(&topics, self.spec.changelog.as_deref()),
             codec: self.world.codec(),
             clock: self.world.clock(),
         };

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use throughline_model::codec::Codec;
 use throughline_model::record::{Outbox, TopicPartition};
-use throughline_runtime::Clock;
 use throughline_runtime::ports::{Failure, SchemaSource, Source, TableReader, Transactions};
+use throughline_runtime::{AskIncarnation, Clock};
 
 /// What a scenario runs on.
 pub trait World {
@@ -38,6 +38,9 @@ pub trait World {
 
     /// Makes a schema source.
     fn schemas(&self) -> Self::Schemas;
+
+    /// Returns what asks which cluster and topics these are.
+    fn ask_incarnation(&self, topics: &[&str], changelog: Option<&str>) -> AskIncarnation;
 
     /// Appends records outside any transaction.
     ///

@@ -1,15 +1,19 @@
 //! `throughline groups adopt`: where a group goes on after its offsets stopped to mean what they did: moved
-//! by a foreign tool, or counted in a cluster or topic that was replaced. A new, named volume of the books
-//! begins there. Decide stages keep their offsets in Kafka, load stages in the database.
+//! by a foreign tool, or counted in a cluster or topic that was replaced, or in a database that fell back. A
+//! new, named volume of the books begins there, unless the database's own books still fit. Decide stages keep
+//! their offsets in Kafka, load stages in the database with a copy in Kafka.
 
 use crate::context::Context;
 use crate::failure::{CliError, Exit};
 use crate::output;
 use crate::roles::{stage_specs, store_options, subscription};
-use throughline_kafka::admin::{Admin, commit_for_group};
+use std::collections::{BTreeSet, HashMap};
+use throughline_kafka::admin::{Admin, CommittedOffset, commit_for_group};
+use throughline_kafka::{KafkaConfig, ask_incarnation};
 use throughline_model::books::Books;
 use throughline_model::record::TopicPartition;
-use throughline_model::stage::Kind;
+use throughline_model::stage::{Kind, StageSpec};
+use throughline_runtime::Incarnation;
 use throughline_runtime::ports::Advance;
 use throughline_store::SqlStore;
 use uuid::Uuid;
@@ -36,15 +40,36 @@ enum Begin {
     Earliest,
     /// The present end: what is there and was not processed is skipped
     End,
+    /// Where the offset stands: right where only the state was lost, or the records are the same
+    Here,
 }
 
 /// An offset as it stands.
 struct Standing {
     partition: TopicPartition,
+    /// −1 where there is none.
     next: i64,
-    has_books: bool,
-    /// Whether it counts in the present cluster and topic.
+    /// Absent where a foreign tool wrote it.
+    books: Option<Books>,
+    /// Whether it counts in the present cluster, topic and changelog.
     is_of_here: bool,
+    /// Kafka's copy of what the database holds, where it is a copy.
+    copy: Option<i64>,
+}
+
+impl Standing {
+    /// Says whether the database lost what it once held.
+    fn fell_back(&self) -> bool {
+        self.copy.is_some_and(|copy| copy > self.next)
+    }
+}
+
+/// What is to be committed, and what to say about it.
+struct Adopted {
+    advance: Advance,
+    /// Whether the books stay as they are, because nothing is wrong with them.
+    keeps_books: bool,
+    line: String,
 }
 
 /// Shows or does it.
@@ -56,17 +81,73 @@ pub fn run(context: &Context, adoption: &Adoption) -> Result<Exit, CliError> {
     let kafka = context.kafka();
     let admin = Admin::new(&kafka)?;
     let spec = stage_specs().into_iter().find(|spec| spec.group == group);
-    let mut store = match spec.filter(|spec| spec.kind == Kind::Load) {
-        None => None,
-        Some(spec) => {
-            let options = store_options(context, &subscription(&spec, false))?;
-            Some(SqlStore::open(&context.config.database.url, options)?)
-        }
-    };
+    let mut store = open_store(context, spec.as_ref())?;
+    let committed = admin.group_offsets(&[group])?.into_iter().flat_map(|g| g.offsets);
+    let committed: Vec<CommittedOffset> = committed.collect();
+    let here = here(&kafka, &committed, spec.as_ref())?;
     let standing = match &mut store {
-        None => in_kafka(&admin, group)?,
-        Some(store) => in_store(store, group)?,
+        None => in_kafka(&admin, &here, committed, spec.as_ref())?,
+        Some(store) => in_store(store, group, committed)?,
     };
+    let adopted = decide(&admin, &here, adoption, standing, spec.as_ref())?;
+    if adopted.is_empty() {
+        output::line(&format!(
+            "every offset of `{group}` counts here and carries its books: nothing to adopt"
+        ));
+        return Ok(Exit::Done);
+    }
+    for Adopted { line, .. } in &adopted {
+        output::line(line);
+    }
+    if !adoption.yes {
+        output::notice("nothing was changed; add --yes to adopt");
+        return Ok(Exit::Done);
+    }
+    let members: usize = admin.describe_groups(&[group])?.iter().map(|g| g.members.len()).sum();
+    if members > 0 {
+        return Err(CliError::failed(format!("`{group}` has {members} members: stop them first")));
+    }
+    if let Some(store) = &mut store {
+        for Adopted { advance, .. } in adopted.iter().filter(|a| !a.keeps_books) {
+            store.adopt(group, &advance.partition, advance.to, &advance.books.volume)?;
+        }
+    }
+    // Of a load stage Kafka holds a copy, which must not say that the database had more.
+    let advances: Vec<Advance> = adopted.into_iter().map(|a| a.advance).collect();
+    commit_for_group(&kafka, group, &advances)?;
+    Ok(Exit::Done)
+}
+
+/// Opens the database of a load stage.
+fn open_store(context: &Context, spec: Option<&StageSpec>) -> Result<Option<SqlStore>, CliError> {
+    let Some(spec) = spec.filter(|spec| spec.kind == Kind::Load) else { return Ok(None) };
+    let topics = subscription(spec, false);
+    let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+    let options = store_options(context, &topics)?;
+    Ok(Some(SqlStore::open(&context.config.database.url, options)?))
+}
+
+/// Asks what offsets of the group belong to now.
+fn here(
+    kafka: &KafkaConfig,
+    committed: &[CommittedOffset],
+    spec: Option<&StageSpec>,
+) -> Result<Incarnation, CliError> {
+    let read = spec.map(|spec| subscription(spec, false)).unwrap_or_default();
+    let named = committed.iter().map(|offset| &*offset.partition.topic);
+    let topics: BTreeSet<&str> = read.iter().map(String::as_str).chain(named).collect();
+    let topics: Vec<&str> = topics.into_iter().collect();
+    Ok(ask_incarnation(kafka, &topics, spec.and_then(|spec| spec.changelog.as_deref())).ask()?)
+}
+
+/// Returns what is to be committed where.
+fn decide(
+    admin: &Admin,
+    here: &Incarnation,
+    adoption: &Adoption,
+    standing: Vec<Standing>,
+    spec: Option<&StageSpec>,
+) -> Result<Vec<Adopted>, CliError> {
     let of_topic = |s: &Standing| adoption.topic.as_deref().is_none_or(|topic| *s.partition.topic == *topic);
     let volume = format!("adopted-{}", Uuid::now_v7());
     let standing: Vec<Standing> = standing.into_iter().filter(of_topic).collect();
@@ -79,36 +160,39 @@ pub fn run(context: &Context, adoption: &Adoption) -> Result<Exit, CliError> {
             output::notice(&format!("{} does not exist any more and is left alone", standing.partition));
             continue;
         };
-        if let Some(to) = destination(adoption.begin, &standing, *first, *end)? {
-            let books = Books::open(volume.clone());
-            adopted.push(Advance { partition: standing.partition, from: standing.next, to, books });
+        let Some(to) = destination(adoption.begin, &standing, *first, *end)? else { continue };
+        let mut found = adopt(standing, to, *first, &volume);
+        if spec.is_none_or(|spec| spec.kind == Kind::Decide) {
+            let changelog = spec.and_then(|spec| spec.changelog.as_deref());
+            found.advance.books.origin = Some(here.origin(&found.advance.partition.topic, changelog)?);
         }
+        adopted.push(found);
     }
-    if adopted.is_empty() {
-        output::line(&format!(
-            "every offset of `{group}` counts here and carries its books: nothing to adopt"
-        ));
-        return Ok(Exit::Done);
+    Ok(adopted)
+}
+
+fn adopt(standing: Standing, to: i64, first: i64, volume: &str) -> Adopted {
+    let fell_back = standing.fell_back();
+    let Standing { partition, next, books, copy, .. } = standing;
+    let stands = match next {
+        ..0 => "it has no position".to_owned(),
+        next => format!("it stands at {next}"),
+    };
+    let copied = copy.filter(|_| fell_back).map(|copy| format!(", after it had stored up to {copy}"));
+    let lost = if to < first { format!("; retention deleted {} of them", first - to) } else { String::new() };
+    let keeps_books = fell_back && to == next && books.is_some();
+    let (books, counted) = match books.filter(|_| keeps_books) {
+        Some(books) => (books, "its books stay".to_owned()),
+        None => (Books::open(volume), format!("in volume {volume}")),
+    };
+    Adopted {
+        line: format!(
+            "{partition} goes on at {to} ({stands}{}{lost}), {counted}",
+            copied.unwrap_or_default()
+        ),
+        advance: Advance { partition, from: next, to, books },
+        keeps_books,
     }
-    for Advance { partition, from, to, .. } in &adopted {
-        output::line(&format!("{partition} goes on at {to} (it stands at {from}) in volume {volume}"));
-    }
-    if !adoption.yes {
-        output::notice("nothing was changed; add --yes to adopt");
-        return Ok(Exit::Done);
-    }
-    let members: usize = admin.describe_groups(&[group])?.iter().map(|g| g.members.len()).sum();
-    if members > 0 {
-        return Err(CliError::failed(format!("`{group}` has {members} members: stop them first")));
-    }
-    if let Some(store) = &mut store {
-        for advance in &adopted {
-            store.adopt(group, &advance.partition, advance.to, &volume)?;
-        }
-    }
-    // Of a load stage Kafka holds a copy for lag tools.
-    commit_for_group(&kafka, group, &adopted)?;
-    Ok(Exit::Done)
 }
 
 /// Returns where an offset goes on, or `None` where it may stay as it is.
@@ -118,41 +202,84 @@ fn destination(
     first: i64,
     end: i64,
 ) -> Result<Option<i64>, CliError> {
-    let lies_within = (first..=end).contains(&standing.next);
+    let next = standing.next;
+    let lies_within = (first..=end).contains(&next);
+    // What retention deleted of it is counted by the stage.
+    let fits = standing.is_of_here && (0..=end).contains(&next);
     match begin {
         Some(Begin::Earliest) => Ok(Some(first)),
         Some(Begin::End) => Ok(Some(end)),
-        None if standing.is_of_here && standing.has_books && standing.next <= end => Ok(None),
-        None if standing.is_of_here && lies_within => Ok(Some(standing.next)),
-        None => Err(CliError::usage(format!(
-            "{} stands at {}, which says nothing about the records from {first} to {end} that are there now: \
-             decide with `--begin earliest` (nothing is skipped, repeats are possible) or `--begin end`",
-            standing.partition, standing.next
+        Some(Begin::Here) if lies_within => Ok(Some(next)),
+        // A partition that nothing was ever read of begins at its start by itself.
+        None if next < 0 && standing.copy.is_none() => Ok(None),
+        None if fits && standing.books.is_some() && !standing.fell_back() => Ok(None),
+        None if fits && (lies_within || standing.books.is_some()) => Ok(Some(next)),
+        None | Some(Begin::Here) => Err(CliError::usage(format!(
+            "{} stands at {next}, which says nothing about the records from {first} to {end} that are there now: \
+             decide with `--begin earliest` (nothing is skipped, repeats are possible){} or `--begin end`",
+            standing.partition,
+            if lies_within { ", `--begin here`" } else { "" }
         ))),
     }
 }
 
-fn in_kafka(admin: &Admin, group: &str) -> Result<Vec<Standing>, CliError> {
-    let offsets = admin.group_offsets(&[group])?.into_iter().flat_map(|g| g.offsets);
-    let standing = |o: throughline_kafka::admin::CommittedOffset| Standing {
-        has_books: Books::from_metadata(&o.metadata).is_ok(),
-        partition: o.partition,
-        next: o.next,
-        is_of_here: true,
-    };
-    Ok(offsets.map(standing).collect())
+/// Returns the offsets of a decide stage, and the partitions of its inputs that have none.
+fn in_kafka(
+    admin: &Admin,
+    here: &Incarnation,
+    committed: Vec<CommittedOffset>,
+    spec: Option<&StageSpec>,
+) -> Result<Vec<Standing>, CliError> {
+    let changelog = spec.and_then(|spec| spec.changelog.as_deref());
+    let mut all: Vec<Standing> = Vec::with_capacity(committed.len());
+    for CommittedOffset { partition, next, metadata } in committed {
+        let books = Books::from_metadata(&metadata).ok();
+        let then = books.as_ref().and_then(|books| books.origin.as_ref());
+        let now = here.origin(&partition.topic, changelog).ok();
+        // Books of an older version do not say where they count.
+        let is_of_here = then.is_none_or(|then| now.is_some_and(|now| *then == now));
+        all.push(Standing { partition, next, books, is_of_here, copy: None });
+    }
+    let topics = admin.topics()?;
+    for topic in spec.map(|spec| &*spec.inputs).unwrap_or_default() {
+        for number in 0..topics.get(*topic).copied().unwrap_or_default() {
+            let partition = TopicPartition::new(*topic, number);
+            if !all.iter().any(|standing| standing.partition == partition) {
+                all.push(Standing { partition, next: -1, books: None, is_of_here: true, copy: None });
+            }
+        }
+    }
+    Ok(all)
 }
 
-fn in_store(store: &mut SqlStore, group: &str) -> Result<Vec<Standing>, CliError> {
+/// Returns the offsets of a load stage, and those of which Kafka alone has a copy.
+fn in_store(
+    store: &mut SqlStore,
+    group: &str,
+    committed: Vec<CommittedOffset>,
+) -> Result<Vec<Standing>, CliError> {
+    let ours = committed.into_iter().filter(|offset| Books::from_metadata(&offset.metadata).is_ok());
+    let mut copies: HashMap<TopicPartition, i64> = ours.map(|o| (o.partition, o.next)).collect();
     let mut all = Vec::new();
     for stored in store.stored_offsets(group)? {
+        let is_of_here = store.is_of_here(&stored);
         all.push(Standing {
-            has_books: Books::from_metadata(&stored.books).is_ok(),
-            is_of_here: store.is_of_here(&stored),
+            books: Books::from_metadata(&stored.books).ok(),
+            is_of_here,
+            copy: copies.remove(&stored.partition).filter(|_| is_of_here),
             partition: stored.partition,
             next: stored.next,
         });
     }
+    let alone = copies.into_iter();
+    all.extend(alone.map(|(partition, copy)| Standing {
+        partition,
+        next: -1,
+        books: None,
+        is_of_here: true,
+        copy: Some(copy),
+    }));
+    all.sort_by(|a, b| a.partition.cmp(&b.partition));
     Ok(all)
 }
 
@@ -162,12 +289,14 @@ mod tests {
 
     #[test]
     fn an_offset_stays_moves_or_asks_for_a_decision() {
-        let at = |next, has_books, is_of_here| Standing {
+        let at = |next, has_books: bool, is_of_here| Standing {
             partition: TopicPartition::new("device.telemetry.v1", 0),
             next,
-            has_books,
+            books: has_books.then(Books::default),
             is_of_here,
+            copy: None,
         };
+        let copied = |next, copy| Standing { copy: Some(copy), ..at(next, next >= 0, true) };
         for (standing, begin, expected) in [
             (at(50, true, true), None, Some(None)),
             (at(5, true, true), None, Some(None)), // Overtaken: the stage says so itself.
@@ -176,9 +305,49 @@ mod tests {
             (at(50, true, false), None, None),
             (at(150, true, true), Some(Begin::End), Some(Some(100))),
             (at(50, true, false), Some(Begin::Earliest), Some(Some(10))),
+            // Its changelog is gone, say: the position is right, and somebody has to say so.
+            (at(50, true, false), Some(Begin::Here), Some(Some(50))),
+            (at(150, true, false), Some(Begin::Here), None),
+            // Nothing was ever read of it.
+            (at(-1, false, true), None, Some(None)),
+            (at(-1, false, true), Some(Begin::End), Some(Some(100))),
+            // A database that was restored goes on where it stands, also where retention was faster.
+            (copied(50, 50), None, Some(None)),
+            (copied(50, 40), None, Some(None)),
+            (copied(50, 60), None, Some(Some(50))),
+            (copied(5, 60), None, Some(Some(5))),
+            // A new one needs to be told.
+            (copied(-1, 60), None, None),
+            (copied(-1, 60), Some(Begin::Earliest), Some(Some(10))),
         ] {
             let found = destination(begin, &standing, 10, 100);
             assert_eq!(found.ok(), expected, "{} {}", standing.next, standing.is_of_here);
         }
+    }
+
+    #[test]
+    fn a_restored_database_keeps_its_books_and_a_new_one_opens_a_volume() {
+        let partition = TopicPartition::new("data_core.reading.v1", 3);
+        let restored = Standing {
+            partition,
+            next: 50,
+            books: Some(Books::open("volume-1")),
+            is_of_here: true,
+            copy: Some(60),
+        };
+        let new = Standing { next: -1, books: None, partition: restored.partition.clone(), ..restored };
+        let kept = adopt(restored, 50, 53, "adopted-1");
+        assert_eq!(
+            kept.line,
+            "data_core.reading.v1/3 goes on at 50 (it stands at 50, after it had stored up to 60; retention \
+             deleted 3 of them), its books stay"
+        );
+        assert!(kept.keeps_books && kept.advance.books.volume == "volume-1");
+        let opened = adopt(new, 53, 53, "adopted-1");
+        assert_eq!(
+            opened.line,
+            "data_core.reading.v1/3 goes on at 53 (it has no position, after it had stored up to 60), in volume adopted-1"
+        );
+        assert!(!opened.keeps_books && opened.advance.books.volume == "adopted-1");
     }
 }

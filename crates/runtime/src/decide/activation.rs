@@ -72,14 +72,17 @@ where
     fn activate(&mut self, numbers: &[i32]) -> Result<(), Failure> {
         let of_task = |number| self.topics.iter().map(move |topic| partition_of(topic, number));
         let partitions: Vec<_> = numbers.iter().flat_map(|number| of_task(*number)).collect();
+        let here = self.watch.ask()?;
         // The committed positions come first: they wait for open transactions, whose state changes the
         // restore must see.
         let positions = self.source.committed(&partitions)?;
         for (partition, found) in partitions.iter().zip(positions) {
             let lane = self.lanes.get_mut(partition).expect("the task is complete");
-            lane.position(self.spec.group, found)?;
+            let origin = here.origin(&partition.topic, self.changelog.as_deref())?;
+            lane.position(self.spec.group, found, Some(origin))?;
         }
         let restored = self.restore(numbers)?;
+        self.expect_positions(&restored)?;
         let starts: Vec<_> = partitions.iter().map(|p| (p.clone(), self.lanes[p].next)).collect();
         self.source.start(&starts)?;
         for (number, states) in restored {
@@ -106,6 +109,27 @@ where
             self.source.pause(&resumed, false);
         }
         Ok(())
+    }
+
+    /// Stops where there is state but no position: both are written in one transaction, so the positions were
+    /// lost. One input alone may have none, because nothing ever came in it.
+    fn expect_positions(&self, restored: &BTreeMap<i32, Keyed<D::State>>) -> Result<(), Failure> {
+        let is_unplaced = |number: i32| {
+            let mut lanes = self.lanes.values().filter(|lane| lane.source.partition == number);
+            lanes.all(|lane| lane.next < 0)
+        };
+        let found = restored.iter().find(|(number, states)| !states.is_empty() && is_unplaced(**number));
+        let Some((number, states)) = found else { return Ok(()) };
+        let group = self.spec.group;
+        Err(Failure::Stop {
+            code: codes::STATE_WITHOUT_POSITION,
+            message: format!(
+                "partition {number} of `{}` holds the state of {} keys, but group `{group}` has no committed \
+                 offset there; decide with `throughline groups adopt {group} --begin earliest` or `--begin end`",
+                self.changelog.as_deref().unwrap_or_default(),
+                states.len()
+            ),
+        })
     }
 
     fn restore(&mut self, numbers: &[i32]) -> Result<BTreeMap<i32, Keyed<D::State>>, Failure> {

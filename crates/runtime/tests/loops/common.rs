@@ -202,6 +202,7 @@ impl World {
             source,
             tables: MemoryTables::new(&self.cluster),
             schemas: self.schemas.clone(),
+            incarnation: self.cluster.ask_incarnation(),
             codec: Arc::clone(&self.codec),
             clock: Arc::new(self.clock.clone()),
         };

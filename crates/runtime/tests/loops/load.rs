@@ -7,7 +7,7 @@ use throughline_model::outcome::{Outcome, Settled};
 use throughline_model::record::TopicPartition;
 use throughline_model::rows::{ReadingRow, Rows};
 use throughline_model::stage::{Input, Kind, Load, StageSpec};
-use throughline_runtime::{Clock, LoadLoop, LoadPorts, LoopConfig, Shutdown, run_load};
+use throughline_runtime::{Clock, LoadLoop, LoadPorts, LoopConfig, Shutdown, codes, run_load};
 use throughline_telemetry::Health;
 use throughline_testkit::{
     FakeClock, Fault, MemoryCluster, MemoryOutlet, MemorySchemas, MemorySource, MemoryStore, Point,
@@ -94,6 +94,7 @@ impl World {
             store: self.store.clone(),
             outlet: MemoryOutlet::new(&self.cluster),
             schemas: MemorySchemas::new(&self.cluster),
+            incarnation: self.cluster.ask_incarnation(),
             codec: throughline_testkit::codec(),
             clock: Arc::new(self.clock.clone()),
         };
@@ -410,5 +411,76 @@ fn a_loop_runs_on_its_own_thread_and_drains_when_it_is_asked_to_end() {
     }
     shutdown.request();
     thread.join().unwrap().unwrap();
+    assert_eq!(world.names().len(), 1);
+}
+
+#[test]
+fn a_topic_that_is_replaced_under_a_running_loader_stops_it() {
+    let world = World::new();
+    world.say(0, "1");
+    let (mut running, _) = world.start();
+    world.settle(&mut running);
+    world.cluster.recreate_topic(INPUT);
+    let stopped = (0..10_000).find_map(|_| running.turn().err()).expect("it stops");
+    assert_eq!(stopped.code, codes::REPLACED);
+    assert!(
+        stopped.message.contains("throughline groups adopt load_things --topic device.thing.v1"),
+        "{stopped}"
+    );
+}
+
+#[test]
+fn a_database_that_fell_back_stops_the_loader_until_kafkas_copy_was_put_back() {
+    let mut world = World::new();
+    for number in [1, 3, 5] {
+        world.say(0, &number.to_string());
+        world.say(1, &number.to_string());
+    }
+    let empty = world.store.clone().backup();
+    let (mut running, _) = world.start();
+    world.settle(&mut running);
+    running.drain().unwrap();
+    let (backup, expected) = (world.store.backup(), 8);
+    world.say(0, "7");
+    world.say(1, "9");
+    let (mut running, _) = world.start();
+    world.settle(&mut running);
+    running.drain().unwrap();
+    for (what, store, stands) in [("restored", backup, "stands at 3"), ("new", empty, "has no position")] {
+        world.store = store;
+        let before = world.names();
+        let (mut running, _) = world.start();
+        let stopped = (0..50).find_map(|_| running.turn().err()).expect("it stops");
+        assert_eq!(stopped.code, codes::STORE_FELL_BACK, "{what}");
+        assert!(stopped.message.contains(stands) && stopped.message.contains("up to 4"), "{stopped}");
+        assert!(stopped.message.contains("throughline groups adopt load_things"), "{stopped}");
+        assert_eq!(world.names(), before, "{what}: nothing was written");
+        drop(running);
+        // What `groups adopt` commits for a restored database, or with `--begin earliest` for a new one.
+        for number in 0..PARTITIONS {
+            let partition = TopicPartition::new(INPUT, number);
+            let next = world.store.position(GROUP, &partition).map_or(0, |(next, _)| next);
+            let books = throughline_model::books::Books::open("volume-1").to_metadata();
+            world.cluster.commit_foreign(GROUP, &partition, next, &books);
+            if next == 0 {
+                world.store.steal(GROUP, &partition, 0);
+            }
+        }
+        let (mut running, _) = world.start();
+        world.settle(&mut running);
+        running.drain().unwrap();
+        let names = world.names();
+        let once: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!((names.len(), once.len()), (expected, expected), "{what}: every row once");
+    }
+}
+
+#[test]
+fn a_copy_that_a_foreign_tool_moved_says_nothing_about_the_database() {
+    let world = World::new();
+    world.say(0, "1");
+    world.cluster.commit_foreign(GROUP, &TopicPartition::new(INPUT, 0), 99, "");
+    let (mut running, _) = world.start();
+    world.settle(&mut running);
     assert_eq!(world.names().len(), 1);
 }

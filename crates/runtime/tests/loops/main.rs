@@ -4,5 +4,6 @@
 mod common;
 mod decide;
 mod exactly_once;
+mod incarnation;
 mod load;
 mod reprocess;

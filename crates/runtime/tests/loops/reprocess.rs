@@ -55,6 +55,7 @@ impl World {
             source,
             tables: MemoryTables::new(&self.cluster),
             schemas: MemorySchemas::new(&self.cluster),
+            incarnation: self.cluster.ask_incarnation(),
             codec: Arc::clone(&self.codec),
             clock: Arc::new(self.clock.clone()),
         };

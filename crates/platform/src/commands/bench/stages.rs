@@ -66,7 +66,7 @@ pub fn bridge_data(place: &mut Place, messages: u64) -> Result<Vec<Line>, CliErr
 pub fn load_warehouse(place: &mut Place, messages: u64) -> Result<Vec<Line>, CliError> {
     let url = place.context.config.database.url.clone();
     let is_postgres = !url.starts_with("sqlite:");
-    let mut store = SqlStore::open(&url, store_options(&place.context, &[DATA_CORE_READING_V1.to_owned()])?)?;
+    let mut store = SqlStore::open(&url, store_options(&place.context, &[DATA_CORE_READING_V1])?)?;
     if store.count(Table::Reading)? > 0 {
         return Err(CliError::usage(
             "the given database holds readings: give the benchmark one of its own, or none".to_owned(),
@@ -196,7 +196,7 @@ impl Position {
         if topic != DATA_CORE_READING_V1 {
             return Ok(Self::Group(role, topic));
         }
-        let options = store_options(&place.context, &[topic.to_owned()])?;
+        let options = store_options(&place.context, &[topic])?;
         let store = SqlStore::open(&place.context.config.database.url, options)?;
         Ok(Self::Store(Box::new(store), role, topic))
     }
