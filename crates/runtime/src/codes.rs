@@ -209,7 +209,7 @@ pub const CODES: &[Code] = &[
         remedy: "Where the address is wrong, correct it. Else stop the stage's members: `throughline groups \
                  adopt <group>` shows where the database stands and what retention deleted meanwhile, and \
                  lets the stage go on from there with `--yes`: what the database lost is written again, \
-                 nothing twice. A new database begins with `--begin earliest`.",
+                 nothing twice. A new database begins at the start.",
     },
 ];
 

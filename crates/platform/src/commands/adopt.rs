@@ -211,7 +211,9 @@ fn destination(
         Some(Begin::End) => Ok(Some(end)),
         Some(Begin::Here) if lies_within => Ok(Some(next)),
         // A partition that nothing was ever read of begins at its start by itself.
-        None if next < 0 && standing.copy.is_none() => Ok(None),
+        None | Some(Begin::Here) if next < 0 && standing.copy.is_none() => Ok(None),
+        // So does a database that is new, or older than what was first read.
+        None if next < 0 => Ok(Some(first)),
         None if fits && standing.books.is_some() && !standing.fell_back() => Ok(None),
         None if fits && (lies_within || standing.books.is_some()) => Ok(Some(next)),
         None | Some(Begin::Here) => Err(CliError::usage(format!(
@@ -310,15 +312,15 @@ mod tests {
             (at(150, true, false), Some(Begin::Here), None),
             // Nothing was ever read of it.
             (at(-1, false, true), None, Some(None)),
+            (at(-1, false, true), Some(Begin::Here), Some(None)),
             (at(-1, false, true), Some(Begin::End), Some(Some(100))),
             // A database that was restored goes on where it stands, also where retention was faster.
             (copied(50, 50), None, Some(None)),
             (copied(50, 40), None, Some(None)),
             (copied(50, 60), None, Some(Some(50))),
             (copied(5, 60), None, Some(Some(5))),
-            // A new one needs to be told.
-            (copied(-1, 60), None, None),
-            (copied(-1, 60), Some(Begin::Earliest), Some(Some(10))),
+            // A new one begins at the start.
+            (copied(-1, 60), None, Some(Some(10))),
         ] {
             let found = destination(begin, &standing, 10, 100);
             assert_eq!(found.ok(), expected, "{} {}", standing.next, standing.is_of_here);

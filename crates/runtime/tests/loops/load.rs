@@ -456,7 +456,7 @@ fn a_database_that_fell_back_stops_the_loader_until_kafkas_copy_was_put_back() {
         assert!(stopped.message.contains("throughline groups adopt load_things"), "{stopped}");
         assert_eq!(world.names(), before, "{what}: nothing was written");
         drop(running);
-        // What `groups adopt` commits for a restored database, or with `--begin earliest` for a new one.
+        // What `groups adopt` does, for a database without a position too.
         for number in 0..PARTITIONS {
             let partition = TopicPartition::new(INPUT, number);
             let next = world.store.position(GROUP, &partition).map_or(0, |(next, _)| next);
