@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use throughline_kafka::KafkaConfig;
 use throughline_local::kafka::{KafkaCluster, KafkaOptions};
 use throughline_local::ports;
@@ -38,7 +38,7 @@ pub struct Cluster {
     registry_listen: SocketAddr,
     database: String,
     mqtt_port: u16,
-    settings: Vec<(String, String)>,
+    settings: Settings,
     directory: tempfile::TempDir,
     crashes: u64,
 }
@@ -49,6 +49,14 @@ struct Role {
     starts: u32,
     process: Process,
     http: u16,
+    settings: Settings,
+}
+
+/// Variables of the environment.
+type Settings = Vec<(String, String)>;
+
+fn owned(settings: &[(&str, &str)]) -> Settings {
+    settings.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect()
 }
 
 impl Cluster {
@@ -97,7 +105,7 @@ impl Cluster {
             registry_listen: listen,
             database,
             mqtt_port,
-            settings: settings.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect(),
+            settings: owned(settings),
             directory,
             crashes: 0,
         };
@@ -111,9 +119,15 @@ impl Cluster {
 
     /// Starts a further instance of a role.
     pub fn add(&mut self, name: &str, instance: &str) {
-        let (process, http) = self.spawn(name, instance, 1);
+        self.add_with(name, instance, &[]);
+    }
+
+    /// As [`Cluster::add`], with further variables of the environment, also when it is started again.
+    pub fn add_with(&mut self, name: &str, instance: &str, settings: &[(&str, &str)]) {
+        let settings = owned(settings);
+        let (process, http) = self.spawn(name, instance, 1, &settings);
         let (name, instance) = (name.to_owned(), instance.to_owned());
-        self.roles.push(Role { name, instance, starts: 1, process, http });
+        self.roles.push(Role { name, instance, starts: 1, process, http, settings });
     }
 
     fn configure(&self, command: &mut Command) {
@@ -126,10 +140,11 @@ impl Cluster {
             .envs(self.settings.iter().map(|(name, value)| (name, value)));
     }
 
-    fn spawn(&self, name: &str, instance: &str, start: u32) -> (Process, u16) {
+    fn spawn(&self, name: &str, instance: &str, start: u32, settings: &Settings) -> (Process, u16) {
         let port = ports::free().expect("a free port");
         let mut command = Command::new(binary());
         self.configure(&mut command);
+        command.envs(settings.iter().map(|(name, value)| (name, value)));
         command.args(["run", name, "--instance", instance]);
         command.env("THROUGHLINE_HTTP__LISTEN", format!("127.0.0.1:{port}"));
         (Process::start(&mut command, self.log(name, instance, start)), port)
@@ -147,6 +162,15 @@ impl Cluster {
         let index = role % self.roles.len();
         self.roles[index].process.kill();
         self.start_again(index);
+    }
+
+    /// Kills one instance of a role with SIGKILL and starts it again.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn kill_and_restart_instance(&mut self, name: &str, instance: &str) {
+        let index = self.roles.iter().position(|r| r.name == name && r.instance == instance);
+        self.kill_and_restart(index.expect("the instance runs"));
     }
 
     /// Starts every process again that SIGSEGV ended, as Kubernetes does, and says so: only C code can end one
@@ -176,7 +200,8 @@ impl Cluster {
         let role = &mut self.roles[index];
         role.starts += 1;
         let (name, instance, starts) = (role.name.clone(), role.instance.clone(), role.starts);
-        let (process, http) = self.spawn(&name, &instance, starts);
+        let settings = role.settings.clone();
+        let (process, http) = self.spawn(&name, &instance, starts, &settings);
         let role = &mut self.roles[index];
         (role.process, role.http) = (process, http);
     }
@@ -216,6 +241,24 @@ impl Cluster {
         let mut role = self.roles.remove(index.expect("the instance runs"));
         let code = role.process.terminate(Duration::from_secs(30));
         assert_eq!(code, Some(0), "{name} {instance}: {}", role.process.output());
+    }
+
+    /// Asks every process of some roles to end, all at once, and returns for each name how it ended.
+    ///
+    /// # Panics
+    /// When one does not end within `limit`.
+    pub fn end_within(&mut self, names: &[&str], limit: Duration) -> Vec<(String, Option<i32>)> {
+        let (mut gone, kept): (Vec<Role>, Vec<Role>) =
+            std::mem::take(&mut self.roles).into_iter().partition(|r| names.contains(&&*r.name));
+        self.roles = kept;
+        gone.iter().for_each(|role| role.process.signal("TERM"));
+        let end = Instant::now() + limit;
+        let ended = gone.iter_mut().map(|role| {
+            let left = end.saturating_duration_since(Instant::now());
+            let status = wait_for(&format!("the end of {}", role.name), left, || role.process.status());
+            (role.name.clone(), status.code())
+        });
+        ended.collect()
     }
 
     /// Takes the registry away, or brings it back at the same address.
