@@ -30,6 +30,10 @@ pub mod header {
     pub const REPLAY_ID: &str = "tl-replay-id";
     /// How often the record was replayed.
     pub const REPLAY_COUNT: &str = "tl-replay-count";
+    /// How often an act stage has set the record aside in its retry topic, as text.
+    pub const RETRY_COUNT: &str = "tl-retry-count";
+    /// Before this time, milliseconds since 1970 as text, a record of a retry topic is not tried again.
+    pub const RETRY_NOT_BEFORE: &str = "tl-retry-not-before";
     /// Where the first dead letter lies, `topic/partition/offset`, kept through further failures. The bridge
     /// derives the ids of what it could not decode from it, so that a second replay changes nothing.
     pub const ORIGIN: &str = "tl-bridge-origin";

@@ -123,6 +123,33 @@ pub trait Load: Send {
     fn rows(&mut self, input: &Input<'_>, rows: &mut Rows) -> Settled;
 }
 
+/// What is to be sent to the other side of an act stage for one record.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Delivery {
+    /// The same for every attempt at the same message, also after a kill, a retry or a replay: by it the other
+    /// side recognises a repeat.
+    pub id: String,
+    /// The `traceparent` of the message, where its trace id is one.
+    pub traceparent: Option<String>,
+    /// What is sent, in the form that the other side expects.
+    pub body: Vec<u8>,
+    /// After this time it is not begun any more: the record is then expired.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// An act stage: says what is to be sent for a record. The runtime sends it at least once.
+pub trait Act: Send {
+    /// Returns what it reads.
+    fn spec(&self) -> &StageSpec;
+
+    /// Returns the delivery of one record. It is pure: the runtime calls it again after a kill, a retry or a
+    /// replay, and equal bytes give an equal id and body.
+    ///
+    /// # Errors
+    /// The settlement of a record for which nothing is to be sent: filtered, or dead-lettered.
+    fn request(&mut self, input: &Input<'_>) -> Result<Delivery, Settled>;
+}
+
 /// What a decide stage brings about besides its state: records, collected in one buffer.
 pub struct Effects {
     codec: Arc<Codec>,

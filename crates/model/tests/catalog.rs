@@ -8,7 +8,8 @@ use throughline_model::catalog::{
 };
 use throughline_model::stage::{Kind, StageSpec};
 use throughline_model::topics::{
-    DEVICE_TELEMETRY_V1, SCHEMA_FILES, SERVICE_PLATFORM_RULE_V1, SERVICE_PLATFORM_TWIN_V1, TOPIC_FILES,
+    DEVICE_TELEMETRY_V1, SCHEMA_FILES, SERVICE_PLATFORM_ALERT_V1, SERVICE_PLATFORM_RULE_V1,
+    SERVICE_PLATFORM_TWIN_V1, TOPIC_FILES,
 };
 
 fn stage(group: &'static str, inputs: &[&'static str], changelog: Option<String>) -> StageSpec {
@@ -47,6 +48,27 @@ fn the_embedded_catalog_reads() {
         .map(|(topic, feed)| format!("{} {} -> {}\n", feed.filter, feed.name, topic.spec.name))
         .collect();
     insta::assert_snapshot!("feeds", listed);
+}
+
+#[test]
+fn only_an_act_stage_has_a_retry_topic_and_it_is_co_partitioned() {
+    let catalog = Catalog::embedded();
+    let mut notify = stage("notify", &[SERVICE_PLATFORM_ALERT_V1], None);
+    for (kind, expected) in [
+        (Kind::Load, ["dlt 1", "parking 1", "replay 6"].as_slice()),
+        (Kind::Act, &["dlt 1", "parking 1", "replay 6", "retry 6"]),
+    ] {
+        notify.kind = kind;
+        let desired = catalog.desired(&[notify.clone()], Environment::SINGLE).expect("sound");
+        let derived = desired.topics.iter().filter_map(|topic| {
+            let suffix = topic.name.strip_prefix("service_platform.alert.v1.notify-")?;
+            Some(format!("{suffix} {}", topic.partitions))
+        });
+        assert_eq!(derived.collect::<Vec<_>>(), expected, "{kind:?}");
+        let exported = strimzi::export(&desired, "main").expect("no collision");
+        let is_exported = exported.contains("service_platform.alert.v1.notify-retry");
+        assert_eq!(is_exported, kind == Kind::Act, "{kind:?}");
+    }
 }
 
 const TOPIC: &str = r#"name = "device.sample.v1"

@@ -31,6 +31,13 @@ pub struct LoopConfig {
     pub tick_grace: Duration,
     /// A dead letter that was replayed this often goes to the parking topic instead.
     pub replays_max: u32,
+    /// Act stages: how long a message waits in the retry topic the first time; doubled each time, up to
+    /// [`LoopConfig::aside_most`].
+    pub aside_least: Duration,
+    /// Act stages: the longest wait in the retry topic. Those behind it in the same partition wait along.
+    pub aside_most: Duration,
+    /// Act stages: what was set aside this often and fails again is dead-lettered.
+    pub asides_max: u32,
 }
 
 impl Default for LoopConfig {
@@ -44,6 +51,9 @@ impl Default for LoopConfig {
             retry_most: Duration::from_secs(10),
             tick_grace: Duration::from_millis(250),
             replays_max: REPLAYS_MAX,
+            aside_least: Duration::from_secs(5),
+            aside_most: Duration::from_secs(60),
+            asides_max: 12,
         }
     }
 }

@@ -1,9 +1,12 @@
 //! Dead letters: the record's own bytes with the headers of Kafka Connect and Spring, so that their tools
-//! find the way back.
+//! find the way back. What an act stage sets aside in its retry topic has the same headers, and two of its own.
 
 use std::sync::Arc;
-use throughline_model::dead_letter::header::{CODE, MESSAGE, REPLAY_COUNT, REPLAY_ID, STAGE};
+use throughline_model::dead_letter::header::{
+    CODE, MESSAGE, REPLAY_COUNT, REPLAY_ID, RETRY_COUNT, RETRY_NOT_BEFORE, STAGE,
+};
 use throughline_model::record::{Outbox, Record};
+use throughline_model::time::Timestamp;
 
 const ORIGIN: [&str; 8] = [
     "__connect.errors.topic",
@@ -71,11 +74,54 @@ impl Destination {
 }
 
 /// Appends the dead letter of `record` for topic `to`: key, value and headers byte for byte, then the error
-/// headers. A record that was replayed keeps the origin of its first failure instead of getting a new one,
-/// and always carries `tl-replay-count`.
+/// headers. A record that was replayed, or set aside in a retry topic, keeps the origin of its first failure
+/// instead of getting a new one; one that was replayed always carries `tl-replay-count`.
 pub fn push_dead_letter(outbox: &mut Outbox, to: &Arc<str>, record: &Record<'_>, fault: &Fault<'_>) {
+    push_failure(outbox, to, None, record, fault, None);
+}
+
+/// How often a record was set aside, and when it may be tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Retry {
+    /// From 1.
+    pub(crate) count: u32,
+    /// The time of the platform.
+    pub(crate) not_before: Timestamp,
+}
+
+impl Retry {
+    /// Reads what a record of a retry topic says. Without headers of ours it was never set aside and may be
+    /// tried at once.
+    pub(crate) fn of(record: &Record<'_>) -> Self {
+        let text = |name| record.headers.last(name).and_then(|v| std::str::from_utf8(v).ok());
+        let count = text(RETRY_COUNT).and_then(|n| n.parse().ok()).unwrap_or(0);
+        let not_before = text(RETRY_NOT_BEFORE).and_then(|n| n.parse().ok()).unwrap_or(0);
+        Self { count, not_before: Timestamp::from_millis(not_before) }
+    }
+}
+
+/// Appends what sets `record` aside in the retry topic `to`, in the partition of the same number.
+pub(crate) fn push_retry(
+    outbox: &mut Outbox,
+    to: &Arc<str>,
+    record: &Record<'_>,
+    fault: &Fault<'_>,
+    retry: Retry,
+) {
+    push_failure(outbox, to, Some(fault.partition), record, fault, Some(retry));
+}
+
+fn push_failure(
+    outbox: &mut Outbox,
+    to: &Arc<str>,
+    to_partition: Option<i32>,
+    record: &Record<'_>,
+    fault: &Fault<'_>,
+    retry: Option<Retry>,
+) {
     let replayed = is_replay(record, fault.replayed);
-    let keeps_origin = replayed && record.headers.last(ORIGIN[3]).is_some();
+    let failed_before = replayed || record.headers.last(RETRY_COUNT).is_some();
+    let keeps_origin = failed_before && record.headers.last(ORIGIN[3]).is_some();
     let partition = fault.partition.to_string();
     let offset = record.offset.to_string();
     let class = format!("throughline.stages.{}", fault.stage);
@@ -100,12 +146,19 @@ pub fn push_dead_letter(outbox: &mut Outbox, to: &Arc<str>, record: &Record<'_>,
     let count = replays_of(record, fault.replayed).to_string();
     let counts_itself = record.headers.last(REPLAY_COUNT).is_some();
 
-    // The error headers of the failure before are replaced, not piled up, with every replay.
-    let kept = record.headers.iter().filter(|(name, _)| !(replayed && ERROR.contains(name)));
+    let retry = retry.map(|retry| [retry.count.to_string(), retry.not_before.as_millis().max(0).to_string()]);
+
+    // The error headers of the failure before are replaced, not piled up, with every replay and retry.
+    let kept = record.headers.iter().filter(|(name, _)| !(failed_before && ERROR.contains(name)));
+    // A dead letter says nothing of retries: its replay begins their count anew.
+    let kept = kept.filter(|(name, _)| ![RETRY_COUNT, RETRY_NOT_BEFORE].contains(name));
     let origin = ORIGIN.into_iter().zip(origin).filter(|_| !keeps_origin);
     let count = (replayed && !counts_itself).then_some((REPLAY_COUNT, count.as_bytes()));
-    let headers = kept.chain(origin).chain(ERROR.into_iter().zip(error)).chain(count);
-    outbox.push(to, None, record.key, record.value, headers);
+    let retry = retry.iter().flat_map(|retry| {
+        [RETRY_COUNT, RETRY_NOT_BEFORE].into_iter().zip(retry.iter().map(String::as_bytes))
+    });
+    let headers = kept.chain(origin).chain(ERROR.into_iter().zip(error)).chain(count).chain(retry);
+    outbox.push(to, to_partition, record.key, record.value, headers);
 }
 
 fn is_replay(record: &Record<'_>, from_replay_topic: bool) -> bool {

@@ -9,10 +9,10 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use throughline_model::books::{Books, Origin};
-use throughline_model::catalog::{dlt_topic, parking_topic, replay_topic};
+use throughline_model::catalog::{dlt_topic, parking_topic, replay_topic, retry_topic};
 use throughline_model::outcome::{Outcome, Settled};
 use throughline_model::record::{Batch, TopicPartition};
-use throughline_model::stage::StageSpec;
+use throughline_model::stage::{Kind, StageSpec};
 use throughline_model::time::Timestamp;
 
 /// The name of a group's first volume of books; adopting a foreign offset opens another.
@@ -98,6 +98,8 @@ pub(crate) struct Lane {
     pub(crate) topic: Arc<str>,
     /// Whether it belongs to the group's replay topic.
     pub(crate) replayed: bool,
+    /// Whether it belongs to the retry topic of an act stage.
+    pub(crate) retried: bool,
     /// Where its dead letters go.
     pub(crate) destination: Destination,
     /// Whether its records are taken: its state is restored and it was started.
@@ -122,13 +124,14 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
-    /// Places an offered partition; `None` where its topic is neither an input of the stage nor the replay
-    /// topic of one.
+    /// Places an offered partition; `None` where its topic is neither an input of the stage nor the replay or,
+    /// of an act stage, the retry topic of one.
     pub(crate) fn of(spec: &StageSpec, config: &LoopConfig, source: TopicPartition) -> Option<Self> {
-        let (topic, replayed) = place(spec, &source.topic)?;
+        let (topic, way) = place(spec, &source.topic)?;
         Some(Self {
             topic: topic.into(),
-            replayed,
+            replayed: way == Way::Replay,
+            retried: way == Way::Retry,
             destination: Destination {
                 letters: dlt_topic(topic, spec.group).into(),
                 parking: parking_topic(topic, spec.group).into(),
@@ -254,10 +257,26 @@ pub(crate) fn wait_seconds(batch: &Batch, now: Timestamp) -> f64 {
     if batch.is_empty() { 0.0 } else { seconds_between(batch.get(0).time, now) }
 }
 
-/// Returns the contract's topic and whether `topic` is its replay topic.
-pub(crate) fn place(spec: &StageSpec, topic: &str) -> Option<(&'static str, bool)> {
+/// By which topic a record came to its stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Input,
+    Replay,
+    Retry,
+}
+
+/// Returns the contract's topic and which of its topics `topic` is.
+fn place(spec: &StageSpec, topic: &str) -> Option<(&'static str, Way)> {
     spec.inputs.iter().find_map(|input| {
-        let replayed = topic == replay_topic(input, spec.group);
-        (topic == *input || replayed).then_some((*input, replayed))
+        let way = if topic == *input {
+            Way::Input
+        } else if topic == replay_topic(input, spec.group) {
+            Way::Replay
+        } else if spec.kind == Kind::Act && topic == retry_topic(input, spec.group) {
+            Way::Retry
+        } else {
+            return None;
+        };
+        Some((*input, way))
     })
 }

@@ -1,10 +1,11 @@
 //! One visible loop per kind of stage, over ports.
 //!
 //! The crate knows no Kafka, MQTT or SQL: a loop takes a [`ports::Source`] and writes through
-//! [`ports::Transactions`] (decide) or [`ports::Store`] (load). Everything that happens to a stage is a
+//! [`ports::Transactions`] (decide, act), [`ports::Store`] (load) or [`ports::Effector`] (act). Everything that happens to a stage is a
 //! [`ports::PipelineEvent`]; one loop on one thread consumes it. Time comes from a [`Clock`] and passes
 //! only while the source is polled, so a test drives a loop through hours without sleeping.
 
+mod act;
 mod clock;
 pub mod codes;
 mod config;
@@ -21,6 +22,7 @@ mod signals;
 mod tables;
 mod timers;
 
+pub use act::{ActLoop, ActPorts, run_act};
 pub use clock::{Clock, WallClock};
 pub use config::{LoopConfig, REPLAYS_MAX, Shutdown, Stopped};
 pub use dead_letter::{Fault, push_dead_letter};

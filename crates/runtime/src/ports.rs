@@ -5,6 +5,7 @@ use std::time::Duration;
 use throughline_model::books::Books;
 use throughline_model::record::{Batch, Outbox, TopicPartition};
 use throughline_model::rows::Rows;
+use throughline_model::stage::Delivery;
 
 /// Everything that can happen to a stage; one loop consumes it.
 #[derive(Debug)]
@@ -103,7 +104,7 @@ pub enum Failure {
     /// A dependency is down or slow: pause, retry with bounded back-off, dead-letter nothing.
     #[error("{dependency} cannot be used: {message}")]
     Dependency {
-        /// `kafka`, `registry`, `database`.
+        /// `kafka`, `registry`, `database`, or the other side of an act stage.
         dependency: &'static str,
         /// What it said.
         message: String,
@@ -250,6 +251,45 @@ pub trait Outlet {
     /// Mirrors the positions of a load stage to Kafka for lag tools, and as a witness against a database that
     /// fell back; the database decides, so an error is only logged. Never called before the database's commit.
     fn mirror(&mut self, group: &str, advances: &[Advance]);
+}
+
+/// What the other side of an act stage made of a delivery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It has it.
+    Delivered,
+    /// It refuses this message and would again.
+    Refused {
+        /// A stable code, for instance `http_422`.
+        code: String,
+        /// What it said.
+        message: String,
+    },
+    /// It did not take this message now, or did not say in time. That may be the message's fault or its own:
+    /// whether others pass tells.
+    Failed {
+        /// What went wrong.
+        message: String,
+        /// How long it asks to be left alone.
+        wait: Option<Duration>,
+    },
+    /// It cannot be used at all: no connection, or it does not know us. That says nothing about the message.
+    Unavailable {
+        /// What went wrong.
+        message: String,
+    },
+}
+
+/// Performs the deliveries of an act stage.
+pub trait Effector {
+    /// Returns the name of the other side in log, health and metrics.
+    fn dependency(&self) -> &'static str;
+
+    /// Begins a delivery and returns at once. Its answer comes once, under `token`, within a bounded time.
+    fn begin(&mut self, token: u64, delivery: &Delivery);
+
+    /// Returns the next answer, waiting for one at most `wait`.
+    fn answer(&mut self, wait: Duration) -> Option<(u64, Answer)>;
 }
 
 /// Resolves schema ids before a stage sees a record.
