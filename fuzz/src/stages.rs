@@ -7,12 +7,13 @@ use throughline_model::keyed::{Keyed, KeyedState as _};
 use throughline_model::outcome::Outcome;
 use throughline_model::record::{Batch, TopicPartition};
 use throughline_model::rows::Rows;
-use throughline_model::stage::{Decide, Effects, Input, Load};
+use throughline_model::stage::{Act, Decide, Effects, Input, Load};
 use throughline_model::time::Timestamp;
 use throughline_model::topics::SERVICE_PLATFORM_RULE_V1;
 use throughline_stages::bridge_data::BridgeData;
 use throughline_stages::evaluate_rules::EvaluateRules;
 use throughline_stages::load_warehouse::LoadWarehouse;
+use throughline_stages::notify::Notify;
 use throughline_stages::project_twins::ProjectTwins;
 use throughline_stages::update_twin::UpdateTwin;
 
@@ -40,6 +41,7 @@ pub fn stages(data: &[u8]) {
         decide(BridgeData::default(), &codec, &input, state, &key);
         load(LoadWarehouse::new(), &input);
         load(ProjectTwins::new(), &input);
+        act(Notify::new(None), &input);
     }
 }
 
@@ -97,6 +99,20 @@ fn take_rule<S: Decide>(stage: &mut S, codec: &Codec) {
     let topic = SERVICE_PLATFORM_RULE_V1;
     let settled = stage.table(&Input { topic, replayed: false, partition: 0, record: batch.get(0), codec });
     assert_eq!(settled.outcome, Outcome::Emitted, "{settled:?}");
+}
+
+/// What is sent is JSON and has an id, whatever the data.
+fn act(mut stage: impl Act, input: &Input<'_>) {
+    if stage.spec().inputs.contains(&input.topic) {
+        match stage.request(input) {
+            Ok(delivery) => {
+                assert!(!delivery.id.is_empty());
+                let body = serde_json::from_slice::<serde_json::Value>(&delivery.body);
+                assert!(body.is_ok(), "{body:?}");
+            }
+            Err(settled) => assert_ne!(settled.outcome, Outcome::Emitted),
+        }
+    }
 }
 
 fn load(mut stage: impl Load, input: &Input<'_>) {

@@ -4,6 +4,8 @@
 pub mod bridge_data;
 pub mod checks;
 pub mod evaluate_rules;
+mod json;
 pub mod load_warehouse;
+pub mod notify;
 pub mod project_twins;
 pub mod update_twin;

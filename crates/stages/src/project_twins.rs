@@ -3,6 +3,7 @@
 //! Outcomes: *emitted*, a tombstone too, which removes the row; *dead_lettered* with the code of the check.
 
 use crate::checks;
+use crate::json::{Time, Value};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use std::time::Duration;
 use throughline_model::envelope::{Enveloped, Twin, TwinField};
@@ -130,41 +131,10 @@ struct Field<'a> {
     version: i64,
 }
 
-/// A JSON number, text, boolean or null.
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Value<'a> {
-    Integer(i64),
-    Number(f64),
-    Text(&'a str),
-    Flag(bool),
-    Null,
-}
-
 impl<'a> Field<'a> {
     fn of(field: &'a TwinField) -> Self {
-        let value = match (field.number, field.text.as_deref(), field.flag) {
-            (Some(n), ..) if is_integer(n) => Value::Integer(n as i64),
-            (Some(n), ..) => Value::Number(n),
-            (None, Some(text), _) => Value::Text(text),
-            (None, None, Some(flag)) => Value::Flag(flag),
-            (None, None, None) => Value::Null,
-        };
+        let value = Value::of(field.number, field.text.as_deref(), field.flag);
         Self { value, unit: field.unit.as_deref(), at: Time(field.at), version: field.version }
-    }
-}
-
-/// Says whether a number shows as `91` rather than `91.0`, as the device wrote it.
-fn is_integer(n: f64) -> bool {
-    n.fract() == 0.0 && n.abs() <= 9_007_199_254_740_992.0
-}
-
-/// RFC 3339 in UTC.
-struct Time(Timestamp);
-
-impl Serialize for Time {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(&self.0)
     }
 }
 

@@ -9,7 +9,7 @@ use throughline_model::keyed::{Keyed, KeyedState as _};
 use throughline_model::outcome::{Outcome, Settled};
 use throughline_model::record::{Batch, TopicPartition};
 use throughline_model::rows::Rows;
-use throughline_model::stage::{Decide, Effects, Input, Load};
+use throughline_model::stage::{Act, Decide, Delivery, Effects, Input, Load};
 use throughline_model::time::Timestamp;
 use throughline_testkit::codec;
 
@@ -133,4 +133,9 @@ pub fn load(stage: &mut impl Load, codec: &Codec, record: &Fed) -> (Settled, Row
     let mut rows = Rows::default();
     let settled = record.with_input(codec, |input| stage.rows(input, &mut rows));
     (settled, rows)
+}
+
+/// Asks an act stage what is to be sent for one record.
+pub fn request(stage: &mut impl Act, codec: &Codec, record: &Fed) -> Result<Delivery, Settled> {
+    record.with_input(codec, |input| stage.request(input))
 }

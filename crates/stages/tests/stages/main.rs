@@ -3,4 +3,5 @@
 mod bridge_data;
 mod driver;
 mod load;
+mod notify;
 mod update_twin;
