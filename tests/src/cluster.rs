@@ -15,7 +15,7 @@ use throughline_local::registry::EmbeddedRegistry;
 /// The signal's number on every system that the platform runs on.
 const SIGSEGV: i32 = 11;
 
-/// Every role of the platform.
+/// Every role of the platform that needs nothing but its services.
 pub const ROLES: [&str; 8] = [
     "bridge",
     "evaluate_rules",
@@ -73,6 +73,18 @@ impl Cluster {
     /// # Panics
     /// As [`Cluster::start`].
     pub fn start_with(database: Option<&str>, settings: &[(&str, &str)]) -> Self {
+        let mut cluster = Self::without_roles(database, settings);
+        for name in ROLES {
+            cluster.add(name, "0");
+        }
+        cluster
+    }
+
+    /// As [`Cluster::start_with`], without any role: [`Cluster::add`] starts those that matter.
+    ///
+    /// # Panics
+    /// As [`Cluster::start`].
+    pub fn without_roles(database: Option<&str>, settings: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory can be made");
         let options = KafkaOptions::new(directory.path().join("kafka"));
         Self::start_on(directory, (&options, 1), database, settings)
@@ -97,7 +109,7 @@ impl Cluster {
             str::to_owned,
         );
         let mqtt_port = ports::free().expect("a free port");
-        let mut cluster = Self {
+        let cluster = Self {
             roles: Vec::new(),
             kafka,
             registry_url: registry.url(),
@@ -111,9 +123,6 @@ impl Cluster {
         };
         let applied = cluster.command(&["topics", "apply"]);
         assert!(applied.status.success(), "topics apply: {}", said(&applied));
-        for name in ROLES {
-            cluster.add(name, "0");
-        }
         cluster
     }
 
@@ -323,6 +332,11 @@ impl Cluster {
     /// Returns the port of the bridge.
     pub fn mqtt_port(&self) -> String {
         self.mqtt_port.to_string()
+    }
+
+    /// Returns the registry's address.
+    pub fn registry(&self) -> &str {
+        &self.registry_url
     }
 
     /// Returns the database's address.

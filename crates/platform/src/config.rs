@@ -38,6 +38,8 @@ pub struct Config {
     pub topics: Topics,
     /// Settings of stages.
     pub stages: Stages,
+    /// Whom `notify` tells of alerts.
+    pub notify: Notify,
 }
 
 /// Apache Kafka.
@@ -131,6 +133,20 @@ pub struct Stages {
     pub commit_interval_ms: Option<u64>,
 }
 
+/// Whom `notify` tells of alerts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Notify {
+    /// The address that alerts are posted to, `http://host:port/path`; empty turns the role off.
+    pub webhook_url: String,
+    /// A file that holds the address, for secrets.
+    pub webhook_url_file: Option<PathBuf>,
+    /// How long one delivery may take, in ms (100 to 30,000).
+    pub timeout_ms: u64,
+    /// An alert that has been in Kafka for longer is not told any more, in ms; 0 is no bound.
+    pub age_max_ms: u64,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -143,6 +159,7 @@ impl Default for Config {
             telemetry: TelemetryConfig::default(),
             topics: Topics::default(),
             stages: Stages::default(),
+            notify: Notify::default(),
         }
     }
 }
@@ -188,6 +205,12 @@ impl Default for Mqtt {
             logins_file: None,
             bounds: Bounds::default(),
         }
+    }
+}
+
+impl Default for Notify {
+    fn default() -> Self {
+        Self { webhook_url: String::new(), webhook_url_file: None, timeout_ms: 5_000, age_max_ms: 86_400_000 }
     }
 }
 
@@ -276,6 +299,9 @@ impl Flags {
         if let Some(path) = &config.database.url_file {
             config.database.url = read_file(path)?.trim().to_owned();
         }
+        if let Some(path) = &config.notify.webhook_url_file {
+            config.notify.webhook_url = read_file(path)?.trim().to_owned();
+        }
         check(&config)?;
         Ok(config)
     }
@@ -330,7 +356,7 @@ fn overlay(base: &mut toml::Table, over: toml::Table) {
 }
 
 /// Keys without a default, which the shape does not show; all of them are texts or numbers.
-const OPTIONAL_KEYS: [&str; 7] = [
+const OPTIONAL_KEYS: [&str; 8] = [
     "database.url_file",
     "mqtt.external_user",
     "mqtt.external_password_file",
@@ -338,6 +364,7 @@ const OPTIONAL_KEYS: [&str; 7] = [
     "telemetry.otlp_endpoint",
     "topics.dir",
     "stages.commit_interval_ms",
+    "notify.webhook_url_file",
 ];
 
 fn set_from_environment(
@@ -438,6 +465,18 @@ fn check(config: &Config) -> Result<(), CliError> {
     if !(1..=64).contains(&config.mqtt.workers) {
         return refuse(format!("`mqtt.workers` is {}; it is 1 to 64", config.mqtt.workers));
     }
+    let Notify { webhook_url, timeout_ms, .. } = &config.notify;
+    // The address may hold a secret: it is not repeated.
+    if !webhook_url.is_empty() && !webhook_url.starts_with("http://") {
+        return refuse(
+            "`notify.webhook_url` does not start with `http://`; this build speaks no TLS, so a receiver behind \
+             `https://` needs a relay beside `notify`"
+                .into(),
+        );
+    }
+    if !(100..=30_000).contains(timeout_ms) {
+        return refuse(format!("`notify.timeout_ms` is {timeout_ms}; it is 100 to 30000"));
+    }
     let name_ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if config.instance.is_empty() || !config.instance.chars().all(name_ok) {
         return refuse(format!(
@@ -487,6 +526,23 @@ mod tests {
         assert_eq!(config.kafka.properties.get("security.protocol").map(String::as_str), Some("SSL"));
         let error = layer(None, None, &env(&[("THROUGHLINE_MQTT__WORKERS", "many")])).expect_err("no number");
         assert!(error.to_string().contains("whole number"), "{error}");
+    }
+
+    #[test]
+    fn a_webhook_that_cannot_be_used_is_refused_without_repeating_its_address() {
+        for (key, value, wrong) in [
+            ("WEBHOOK_URL", "https://hooks/s3cret", Some("`http://`")),
+            ("WEBHOOK_URL", "http://hooks/s3cret", None),
+            ("TIMEOUT_MS", "99", Some("100 to 30000")),
+            ("TIMEOUT_MS", "100", None),
+        ] {
+            let environment = env(&[(&format!("THROUGHLINE_NOTIFY__{key}"), value)]);
+            let config = layer(None, None, &environment).expect("it has the right form");
+            let found = check(&config).err().map(|e| e.to_string());
+            assert_eq!(found.is_some(), wrong.is_some(), "{key}={value}: {found:?}");
+            let said = found.unwrap_or_default();
+            assert!(said.contains(wrong.unwrap_or_default()) && !said.contains("s3cret"), "{said}");
+        }
     }
 
     proptest! {

@@ -14,6 +14,7 @@ mod records;
 mod roles;
 mod simulation;
 mod watch;
+mod webhook;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use failure::{CliError, Exit};

@@ -13,7 +13,7 @@ use throughline_model::keyed::{Keyed, KeyedState};
 use throughline_model::outcome::Settled;
 use throughline_model::record::{Batch, Record};
 use throughline_model::rows::Rows;
-use throughline_model::stage::{Decide, Effects, Input, Load};
+use throughline_model::stage::{Act, Decide, Effects, Input, Load};
 use throughline_mqtt::{ReplayBridge, Router};
 use throughline_runtime::ports::{Failure, TableReader};
 
@@ -127,6 +127,34 @@ pub fn load<L: Load>(
         let outputs =
             counts.iter().filter(|(_, n)| *n > 0).map(|(table, n)| json!({"table": table, "rows": n}));
         predictions.push(Prediction { settled, outputs: outputs.collect() });
+    }
+    Ok(predictions)
+}
+
+/// Predicts an act stage's: what it would send. What the other side makes of it is not seen.
+///
+/// # Errors
+/// Exit code 4 when a dependency is away.
+pub fn act<A: Act>(
+    context: &Context,
+    mut stage: A,
+    topic: &str,
+    replays: &Batch,
+) -> Result<Vec<Prediction>, CliError> {
+    let mut reader = Reader::new(context);
+    let mut predictions = Vec::new();
+    for record in replays.iter() {
+        reader.learn(record.value)?;
+        let partition = partition(context, topic, &record);
+        predictions.push(match stage.request(&input(context, topic, partition, true, record)) {
+            Ok(delivery) => {
+                let value = serde_json::from_slice(&delivery.body);
+                let value = value.unwrap_or_else(|_| json!(format!("{} bytes", delivery.body.len())));
+                let sent = json!({"topic": "sent", "key": delivery.id, "value": brief(&value)});
+                Prediction { settled: Settled::emitted(), outputs: vec![sent] }
+            }
+            Err(settled) => Prediction { settled, outputs: Vec::new() },
+        });
     }
     Ok(predictions)
 }

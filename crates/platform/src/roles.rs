@@ -1,10 +1,12 @@
 //! The roles, each a thread. Adding a stage is its file in `crates/stages` and a line in [`ROLES`].
 
 use crate::bridge;
+use crate::config::Config;
 use crate::context::Context;
 use crate::failure::CliError;
 use crate::predict::{self, Prediction};
 use crate::watch;
+use crate::webhook::Webhook;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,18 +16,19 @@ use throughline_kafka::{
     AckedProducer, BatchBounds, GroupSource, PartitionReader, TopicReader, TransactionalProducer,
     ask_incarnation,
 };
-use throughline_model::catalog::replay_topic;
+use throughline_model::catalog::{replay_topic, retry_topic};
 use throughline_model::dead_letter;
 use throughline_model::record::Batch;
-use throughline_model::stage::{Decide, Load, StageSpec};
-use throughline_runtime::ports::Failure;
+use throughline_model::stage::{Act, Decide, Kind, Load, StageSpec};
+use throughline_runtime::ports::{Effector, Failure};
 use throughline_runtime::{
-    DecidePorts, Incarnation, LoadPorts, LoopConfig, REPLAYS_MAX, ReprocessDeadLetters, WallClock,
-    reprocess_spec, run_decide, run_load,
+    ActPorts, DecidePorts, Incarnation, LoadPorts, LoopConfig, REPLAYS_MAX, ReprocessDeadLetters, WallClock,
+    reprocess_spec, run_act, run_decide, run_load,
 };
 use throughline_stages::bridge_data::BridgeData;
 use throughline_stages::evaluate_rules::EvaluateRules;
 use throughline_stages::load_warehouse::LoadWarehouse;
+use throughline_stages::notify::{self, Notify};
 use throughline_stages::project_twins::ProjectTwins;
 use throughline_stages::update_twin::UpdateTwin;
 use throughline_store::{SqlStore, StoreOptions};
@@ -84,9 +87,32 @@ pub const ROLES: &[Role] = &[
         run: |context, health| load(context, health, ProjectTwins::new()),
         predict: Some(|context, topic, replays| predict::load(context, ProjectTwins::new(), topic, replays)),
     },
+    Role {
+        name: notify::STAGE,
+        spec: Some(|| Notify::new(None).spec().clone()),
+        run: |context, health| {
+            let config = &context.config.notify;
+            let webhook = Webhook::start(&config.webhook_url, Duration::from_millis(config.timeout_ms))?;
+            let age_max = (config.age_max_ms > 0).then(|| Duration::from_millis(config.age_max_ms));
+            act(context, health, Notify::new(age_max), webhook)
+        },
+        predict: Some(|context, topic, replays| predict::act(context, Notify::new(None), topic, replays)),
+    },
     Role { name: dead_letter::STAGE, spec: Some(reprocess_spec), run: reprocess, predict: None },
     Role { name: "watch", spec: None, run: watch::run, predict: None },
 ];
+
+impl Role {
+    /// Returns what the configuration lacks for this role, if anything: `up` then leaves it out, and `run`
+    /// refuses it.
+    pub fn lacks(&self, config: &Config) -> Option<&'static str> {
+        let lacks_webhook = self.name == notify::STAGE && config.notify.webhook_url.is_empty();
+        lacks_webhook.then_some(
+            "it needs the address that alerts are posted to: `notify.webhook_url` in the file, \
+             THROUGHLINE_NOTIFY__WEBHOOK_URL, or either with `_file` for a file that holds it",
+        )
+    }
+}
 
 /// Returns what every stage reads and keeps: the catalog derives their topics from it.
 pub fn stage_specs() -> Vec<StageSpec> {
@@ -155,12 +181,13 @@ fn panic_error(panic: &(dyn std::any::Any + Send)) -> CliError {
     CliError::failed(format!("it panicked, which is a defect of Throughline; please report it: {text}"))
 }
 
-/// Returns the topics that a stage's group subscribes to: its inputs, unless it reads only replays, and their
-/// replay topics.
+/// Returns the topics that a stage's group subscribes to: its inputs, unless it reads only replays, their
+/// replay topics and, of an act stage, their retry topics.
 pub fn subscription(spec: &StageSpec, reads_only_replays: bool) -> Vec<String> {
     let inputs = spec.inputs.iter().filter(|_| !reads_only_replays).map(|input| (*input).to_owned());
     let replays = spec.inputs.iter().map(|input| replay_topic(input, spec.group));
-    inputs.chain(replays).collect()
+    let retries = spec.inputs.iter().filter(|_| spec.kind == Kind::Act);
+    inputs.chain(replays).chain(retries.map(|input| retry_topic(input, spec.group))).collect()
 }
 
 fn loop_config(context: &Context) -> LoopConfig {
@@ -237,6 +264,31 @@ fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), 
         clock: Arc::new(WallClock),
     };
     run_load(stage, ports, loop_config(context), &context.shutdown, health)
+        .map_err(|stopped| CliError::failed(stopped.to_string()))
+}
+
+fn act<A: Act>(
+    context: &Context,
+    health: RoleHealth,
+    stage: A,
+    effector: impl Effector,
+) -> Result<(), CliError> {
+    let spec = stage.spec().clone();
+    let kafka = context.kafka();
+    let topics = subscription(&spec, false);
+    let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+    let source = GroupSource::join(&kafka, spec.group, &topics, BatchBounds::default())?;
+    let transactions = TransactionalProducer::new(&kafka, spec.group, source.membership());
+    let ports = ActPorts {
+        effector,
+        source,
+        transactions,
+        schemas: context.registry(),
+        incarnation: ask_incarnation(&kafka, &topics, None),
+        codec: Arc::clone(&context.codec),
+        clock: Arc::new(WallClock),
+    };
+    run_act(stage, ports, loop_config(context), &context.shutdown, health)
         .map_err(|stopped| CliError::failed(stopped.to_string()))
 }
 

@@ -23,6 +23,7 @@ use crate::clock::{Backoff, Clock, elapsed};
 use crate::codes;
 use crate::config::{LoopConfig, Shutdown, Stopped};
 use crate::decide::message_age;
+use crate::incarnation::{AskIncarnation, Watch};
 use crate::lane::Lane;
 use crate::ports::{Effector, Failure, PipelineEvent, SchemaSource, Source, Transactions};
 use crate::schemas::Schemas;
@@ -55,6 +56,8 @@ pub struct ActPorts<E, S, T, Q> {
     pub transactions: T,
     /// Resolves schema ids.
     pub schemas: Q,
+    /// Asks which cluster and topics these are: the inputs, their replay topics and their retry topics.
+    pub incarnation: AskIncarnation,
     /// The schemas known so far.
     pub codec: Arc<Codec>,
     /// The platform's time.
@@ -99,6 +102,7 @@ pub struct ActLoop<A, E, S, T, Q> {
     schemas: Schemas<Q>,
     clock: Arc<dyn Clock>,
     signals: Signals,
+    watch: Watch,
     lanes: BTreeMap<TopicPartition, Lane>,
     /// One for each lane.
     windows: BTreeMap<TopicPartition, Window>,
@@ -137,6 +141,7 @@ where
             schemas: Schemas::new(ports.schemas, ports.codec, &config),
             clock: ports.clock,
             signals: Signals::new(spec.group, health),
+            watch: Watch::new(spec.group, ports.incarnation),
             lanes: BTreeMap::new(),
             windows: BTreeMap::new(),
             under_way: BTreeMap::new(),
@@ -162,6 +167,8 @@ where
         let idle = self.under_way.is_empty();
         let event = self.source.poll(if idle { self.wait() } else { Duration::ZERO });
         self.signals.turned();
+        let looked = self.watch.look(self.clock.now());
+        Stopped::unless_stopped(self.spec.group, looked)?;
         self.take(event)?;
         if self.needs_reset {
             self.reset()?;
@@ -276,10 +283,11 @@ where
         if waiting.is_empty() {
             return Ok(());
         }
+        let here = self.watch.ask()?;
         let positions = self.source.committed(&waiting)?;
         for (partition, found) in waiting.iter().zip(positions) {
             let lane = self.lanes.get_mut(partition).expect("it was just listed");
-            lane.position(self.spec.group, found)?;
+            lane.position(self.spec.group, found, Some(here.origin(&partition.topic, None)?))?;
         }
         let starts: Vec<_> = waiting.iter().map(|p| (p.clone(), self.lanes[p].next)).collect();
         self.source.start(&starts)?;

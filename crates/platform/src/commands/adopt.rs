@@ -162,7 +162,7 @@ fn decide(
         };
         let Some(to) = destination(adoption.begin, &standing, *first, *end)? else { continue };
         let mut found = adopt(standing, to, *first, &volume);
-        if spec.is_none_or(|spec| spec.kind == Kind::Decide) {
+        if spec.is_none_or(|spec| spec.kind != Kind::Load) {
             let changelog = spec.and_then(|spec| spec.changelog.as_deref());
             found.advance.books.origin = Some(here.origin(&found.advance.partition.topic, changelog)?);
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Arguments of `run`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Roles: bridge, evaluate_rules, update_twin, bridge_data, load_warehouse, project_twins,
+    /// Roles: bridge, evaluate_rules, update_twin, bridge_data, load_warehouse, project_twins, notify,
     /// reprocess_dead_letters, watch
     #[arg(required = true)]
     roles: Vec<String>,
@@ -23,6 +23,11 @@ pub struct Args {
 pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     let chosen = choose(&args.roles)?;
     let config = flags.load()?;
+    for role in &chosen {
+        if let Some(lacking) = role.lacks(&config) {
+            return Err(CliError::usage(format!("`{}` cannot run: {lacking}", role.name)));
+        }
+    }
     let _telemetry = process::start_telemetry(&config)?;
     let signals = Signals::install()?;
     let context = Context::new(config)?;

@@ -15,6 +15,7 @@ use throughline_local::endpoints::Endpoints;
 use throughline_local::kafka::{KafkaOptions, ManagedKafka};
 use throughline_local::registry::EmbeddedRegistry;
 use throughline_local::{DirLock, LocalError, ports, scratch_dir};
+use throughline_model::stage::Kind;
 
 /// Arguments of `up`.
 #[derive(clap::Args)]
@@ -106,7 +107,7 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     context.bind_schemas()?;
     tracing::info!("topics and schemas are in place");
     let mut running = Vec::new();
-    for role in ROLES {
+    for role in ROLES.iter().filter(|role| role.lacks(&context.config).is_none()) {
         running.push(roles::start(&context, role)?);
     }
     wait_until_ready(&context, &signals)?;
@@ -229,10 +230,12 @@ fn wait_until_ready(context: &Context, signals: &Signals) -> Result<(), CliError
 fn stages_not_at_work(context: &Context) -> Vec<String> {
     let status = context.health.status();
     let mut idle = Vec::new();
-    for spec in roles::stage_specs() {
+    let at_work = ROLES.iter().filter(|role| role.lacks(&context.config).is_none());
+    for spec in at_work.filter_map(|role| role.spec).map(|spec| spec()) {
         let inputs = spec.inputs.iter().filter_map(|input| context.catalog.topic(input));
-        // Each input has a replay topic with as many partitions.
-        let expected: usize = inputs.map(|topic| 2 * topic.spec.partitions as usize).sum();
+        // Each input has a replay topic, and of an act stage a retry topic, with as many partitions.
+        let topics = if spec.kind == Kind::Act { 3 } else { 2 };
+        let expected: usize = inputs.map(|topic| topics * topic.spec.partitions as usize).sum();
         let partitions = status["roles"][spec.group]["notes"]["partitions"].as_array();
         let active = partitions.map_or(0, |list| list.iter().filter(|p| p["active"] == true).count());
         if active < expected {

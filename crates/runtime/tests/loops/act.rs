@@ -103,6 +103,7 @@ impl World {
         let member = source.member();
         let ports = ActPorts {
             effector: self.receiver.port(),
+            incarnation: self.cluster.ask_incarnation(),
             transactions: MemoryTransactions::new(&self.cluster, instance, GROUP, &source),
             source,
             schemas: MemorySchemas::new(&self.cluster),

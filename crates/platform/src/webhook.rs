@@ -1,0 +1,264 @@
+//! The webhook of `notify`: posts deliveries from a few threads, and sorts what comes back by whose fault it is.
+//!
+//! | the receiver | means |
+//! |---|---|
+//! | answers 2xx | delivered |
+//! | answers 408, 425, 429 or 5xx, breaks off, or does not answer in time | failed: whether others pass tells whose fault it is |
+//! | refuses the connection, has no address, answers 3xx, 401, 403, 404, 405, 407 or 410 | unavailable: address, login or receiver are wrong, not the message |
+//! | answers any other 4xx | refused |
+
+use crate::failure::CliError;
+use parking_lot::Mutex;
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+use throughline_model::stage::Delivery;
+use throughline_runtime::ports::{Answer, Effector};
+use ureq::Agent;
+use ureq::http::{HeaderMap, StatusCode};
+
+/// How many deliveries are posted at once: the partitions of an input go one by one, and more than this would be
+/// a burst that few receivers like.
+const WORKERS: usize = 8;
+/// A receiver that does not take a connection for this long is away.
+const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+/// How much of a refusal's text a dead letter repeats.
+const TEXT_BYTES_MAX: u64 = 512;
+
+/// The port to one webhook.
+pub struct Webhook {
+    jobs: Sender<(u64, Delivery)>,
+    answers: Receiver<(u64, Answer)>,
+}
+
+impl Webhook {
+    /// Starts the threads that post to `url`; they end when the port is dropped and what is under way is
+    /// answered.
+    ///
+    /// # Errors
+    /// When a thread cannot be made.
+    pub fn start(url: &str, timeout: Duration) -> Result<Self, CliError> {
+        let (jobs, waiting) = channel();
+        let (tell, answers) = channel();
+        let waiting = Arc::new(Mutex::new(waiting));
+        let agent = Agent::config_builder()
+            .timeout_global(Some(timeout))
+            .timeout_connect(Some(timeout.min(CONNECT_WITHIN)))
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .build()
+            .new_agent();
+        for number in 0..WORKERS {
+            let (agent, url, waiting, tell) =
+                (agent.clone(), url.to_owned(), Arc::clone(&waiting), Sender::clone(&tell));
+            let builder = std::thread::Builder::new().name(format!("webhook-{number}"));
+            builder.spawn(move || post_all(&agent, &url, &waiting, &tell))?;
+        }
+        Ok(Self { jobs, answers })
+    }
+}
+
+impl Effector for Webhook {
+    fn dependency(&self) -> &'static str {
+        "webhook"
+    }
+
+    fn begin(&mut self, token: u64, delivery: &Delivery) {
+        self.jobs.send((token, delivery.clone())).expect("the threads live as long as the port");
+    }
+
+    fn answer(&mut self, wait: Duration) -> Option<(u64, Answer)> {
+        match self.answers.recv_timeout(wait) {
+            Ok(answer) => Some(answer),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => panic!("the threads live as long as the port"),
+        }
+    }
+}
+
+fn post_all(
+    agent: &Agent,
+    url: &str,
+    waiting: &Mutex<Receiver<(u64, Delivery)>>,
+    tell: &Sender<(u64, Answer)>,
+) {
+    loop {
+        let job = waiting.lock().recv();
+        let Ok((token, delivery)) = job else { return };
+        if tell.send((token, post(agent, url, &delivery))).is_err() {
+            return;
+        }
+    }
+}
+
+fn post(agent: &Agent, url: &str, delivery: &Delivery) -> Answer {
+    let mut request =
+        agent.post(url).header("Content-Type", "application/json").header("Idempotency-Key", &delivery.id);
+    if let Some(traceparent) = &delivery.traceparent {
+        request = request.header("traceparent", traceparent);
+    }
+    match request.send(&delivery.body[..]) {
+        Ok(mut response) => {
+            let text = response.body_mut().with_config().limit(TEXT_BYTES_MAX).read_to_string();
+            // A text that is long, or not UTF-8, changes nothing about the answer.
+            judge(response.status(), response.headers(), &text.unwrap_or_default())
+        }
+        Err(error) => failed(&error),
+    }
+}
+
+fn judge(status: StatusCode, headers: &HeaderMap, text: &str) -> Answer {
+    let code = status.as_u16();
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let message = format!("it answers {code} {}", text.trim()).trim_end().to_owned();
+    match code {
+        200..300 => Answer::Delivered,
+        408 | 425 | 429 | 500.. => {
+            let wait = headers.get("retry-after").and_then(|v| v.to_str().ok()?.trim().parse().ok());
+            Answer::Failed { message, wait: wait.map(Duration::from_secs) }
+        }
+        300..=399 | 401 | 403 | 404 | 405 | 407 | 410 => {
+            let message = format!("{message}; `notify.webhook_url` or what lies behind it is wrong");
+            Answer::Unavailable { message }
+        }
+        _ => Answer::Refused { code: format!("http_{code}"), message },
+    }
+}
+
+/// Sorts an attempt without an answer. An error's text names neither path nor query, which may hold a secret.
+fn failed(error: &ureq::Error) -> Answer {
+    let message = error.to_string();
+    match error {
+        ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect)
+        | ureq::Error::HostNotFound
+        | ureq::Error::ConnectionFailed
+        | ureq::Error::Tls(_) => Answer::Unavailable { message },
+        ureq::Error::BadUri(_) => {
+            Answer::Unavailable { message: "`notify.webhook_url` is no address".to_owned() }
+        }
+        ureq::Error::Io(e) if !broke_off(e.kind()) => Answer::Unavailable { message },
+        _ => Answer::Failed { message, wait: None },
+    }
+}
+
+/// Says whether a connection that existed ended: a message may be what the receiver dies of.
+fn broke_off(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::BrokenPipe
+            | ErrorKind::UnexpectedEof
+            | ErrorKind::TimedOut
+            | ErrorKind::WouldBlock
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    #[test]
+    fn what_a_receiver_answers_says_whose_fault_it_is() {
+        let kind = |answer: &Answer| match answer {
+            Answer::Delivered => "delivered",
+            Answer::Refused { .. } => "refused",
+            Answer::Failed { .. } => "failed",
+            Answer::Unavailable { .. } => "unavailable",
+        };
+        for (code, expected) in [
+            (200, "delivered"),
+            (202, "delivered"),
+            (204, "delivered"),
+            (302, "unavailable"),
+            (400, "refused"),
+            (401, "unavailable"),
+            (404, "unavailable"),
+            (408, "failed"),
+            (410, "unavailable"),
+            (413, "refused"),
+            (422, "refused"),
+            (429, "failed"),
+            (500, "failed"),
+            (503, "failed"),
+        ] {
+            let status = StatusCode::from_u16(code).expect("a status");
+            let answer = judge(status, &HeaderMap::new(), "so\nit is ");
+            assert_eq!(kind(&answer), expected, "{code}: {answer:?}");
+        }
+        let headers = HeaderMap::from_iter([("retry-after".parse().expect("a name"), 7.into())]);
+        let busy = judge(StatusCode::TOO_MANY_REQUESTS, &headers, "");
+        assert_eq!(
+            busy,
+            Answer::Failed { message: "it answers 429".into(), wait: Some(Duration::from_secs(7)) }
+        );
+    }
+
+    /// Serves one connection with `answer` and returns what came in.
+    fn receiver(answer: Option<&'static str>) -> (String, std::thread::JoinHandle<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let url = format!("http://{}/hook?secret=s3cret", listener.local_addr().expect("bound"));
+        let serve = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("the webhook connects");
+            let (mut got, mut buffer) = (Vec::new(), [0; 4_096]);
+            while !got.ends_with(b"{}") {
+                let n = stream.read(&mut buffer).expect("it sends");
+                got.extend_from_slice(&buffer[..n]);
+            }
+            match answer {
+                Some(answer) => stream.write_all(answer.as_bytes()).expect("it reads"),
+                // Until the client gives up.
+                None => drop(stream.read(&mut buffer)),
+            }
+            String::from_utf8(got).expect("a request is text")
+        });
+        (url, serve)
+    }
+
+    fn posted(url: &str, timeout_ms: u64) -> Answer {
+        let mut webhook = Webhook::start(url, Duration::from_millis(timeout_ms)).expect("threads");
+        let delivery = Delivery {
+            id: "id-1".into(),
+            traceparent: Some("00-a-b-01".into()),
+            body: b"{}".to_vec(),
+            expires_at: None,
+        };
+        webhook.begin(4, &delivery);
+        let (token, answer) = webhook.answer(Duration::from_secs(30)).expect("an answer");
+        assert_eq!(token, 4);
+        answer
+    }
+
+    #[test]
+    fn a_delivery_is_posted_with_its_id_and_trace() {
+        let (url, serve) = receiver(Some("HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"));
+        assert_eq!(posted(&url, 10_000), Answer::Delivered);
+        let got = serve.join().expect("it ends").to_ascii_lowercase();
+        for line in [
+            "post /hook?secret=s3cret http/1.1",
+            "content-type: application/json",
+            "idempotency-key: id-1",
+            "traceparent: 00-a-b-01",
+        ] {
+            assert!(got.contains(line), "{line}: {got}");
+        }
+    }
+
+    #[test]
+    fn silence_is_a_failure_and_a_closed_port_is_no_receiver() {
+        let (url, serve) = receiver(None);
+        let silent = posted(&url, 100);
+        assert!(matches!(silent, Answer::Failed { .. }), "{silent:?}");
+        serve.join().expect("it ends");
+        let (url, serve) = receiver(Some(""));
+        let broken = posted(&url, 10_000);
+        assert!(matches!(broken, Answer::Failed { .. }), "{broken:?}");
+        serve.join().expect("it ends");
+        // The listener is gone.
+        let Answer::Unavailable { message } = posted(&url, 10_000) else { panic!("nobody listens") };
+        assert!(!message.contains("s3cret"), "{message}");
+    }
+}
