@@ -316,7 +316,7 @@ where
             lane.held.push_back(batch);
             return Ok(());
         }
-        match self.schemas.resolve(&batch, self.clock.now()) {
+        match self.schemas.resolve(&batch, lane.replayed, self.clock.now()) {
             Ok(()) => self.process(&batch),
             Err(failure) => self.hold(batch, failure),
         }
@@ -340,7 +340,7 @@ where
         while self.schemas.backoff.is_due(self.clock.now()) {
             let Some(lane) = self.lanes.values_mut().find(|lane| !lane.held.is_empty()) else { break };
             let batch = lane.held.front().expect("it is not empty");
-            match self.schemas.resolve(batch, self.clock.now()) {
+            match self.schemas.resolve(batch, lane.replayed, self.clock.now()) {
                 Ok(()) => {
                     let batch = lane.held.pop_front().expect("it is not empty");
                     self.signals.works("registry");

@@ -310,7 +310,7 @@ where
             lane.held.push_back(batch);
             return Ok(());
         }
-        match self.schemas.resolve(&batch, self.clock.now()) {
+        match self.schemas.resolve(&batch, lane.replayed, self.clock.now()) {
             Ok(()) => {
                 self.gather(batch);
                 Ok(())
@@ -341,7 +341,7 @@ where
                 if !self.schemas.backoff.is_due(self.clock.now()) {
                     break;
                 }
-                if let Err(failure) = self.schemas.resolve(batch, self.clock.now()) {
+                if let Err(failure) = self.schemas.resolve(batch, lane.replayed, self.clock.now()) {
                     let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
                     self.signals.failed(&failure);
                     break;

@@ -19,7 +19,8 @@ const ABSENT_MAX: usize = 4_096;
 /// would be dead-lettered for it. Meanwhile the partition waits as for a dependency.
 const ABSENT_AFTER: Duration = Duration::from_secs(5);
 
-/// How long an absent id is believed to be absent without asking: a schema may be registered late.
+/// How long an absent id is believed to be absent without asking: a schema may be registered late. Replays do
+/// not rely on it: whoever asks for one has just mended the cause.
 const ABSENT_FOR: Duration = Duration::from_secs(10);
 
 /// The ids that the codec knows, those that the registry says do not exist, and the way to ask.
@@ -64,15 +65,15 @@ impl<Q: SchemaSource> Schemas<Q> {
 
     /// Resolves every schema id in `batch`. An id of which the registry has said for 5 s that it does not
     /// exist, or whose schema is not Avro, is the data's fault: the stage will fail to decode the record
-    /// and settle it so.
+    /// and settle it so. For `replayed` records the registry is asked anew.
     ///
     /// # Errors
     /// [`Failure::Dependency`] while the registry cannot be asked, or until it is certain that an id does
     /// not exist; [`Schemas::backoff`] says when to try again.
-    pub(crate) fn resolve(&mut self, batch: &Batch, now: Timestamp) -> Result<(), Failure> {
+    pub(crate) fn resolve(&mut self, batch: &Batch, replayed: bool, now: Timestamp) -> Result<(), Failure> {
         let mut uncertain = None;
         for id in ids(batch) {
-            if !self.codec.knows(id) && !self.is_absent(id, now)? {
+            if !self.codec.knows(id) && !self.is_absent(id, replayed, now)? {
                 uncertain.get_or_insert(id);
             }
         }
@@ -87,9 +88,10 @@ impl<Q: SchemaSource> Schemas<Q> {
 
     /// Asks for an id unless that was done just now. Returns whether it certainly does not exist; `false`
     /// while that is not certain, and `true` as well once its schema was added: it needs no waiting for.
-    fn is_absent(&mut self, id: u32, now: Timestamp) -> Result<bool, Failure> {
+    fn is_absent(&mut self, id: u32, replayed: bool, now: Timestamp) -> Result<bool, Failure> {
         if let Some(absence) = self.absent.get(&id)
-            && (absence.asked == now || (absence.is_certain() && elapsed(absence.asked, now) < ABSENT_FOR))
+            && (absence.asked == now
+                || (absence.is_certain() && !replayed && elapsed(absence.asked, now) < ABSENT_FOR))
         {
             return Ok(absence.is_certain());
         }
@@ -169,7 +171,7 @@ mod tests {
     fn resolved_after(schemas: &mut Schemas<Scripted>, batch: &Batch, from_ms: i64) -> i64 {
         for ms in (from_ms..from_ms + 600_000).step_by(10) {
             let now = Timestamp::from_millis(ms);
-            if schemas.backoff.is_due(now) && schemas.resolve(batch, now).is_ok() {
+            if schemas.backoff.is_due(now) && schemas.resolve(batch, false, now).is_ok() {
                 return ms - from_ms;
             }
         }
@@ -199,6 +201,18 @@ mod tests {
         assert_eq!(resolved_after(&mut schemas, &batch(&[7]), waited + 30_000), 0);
         assert!(schemas.codec().knows(7), "it was registered late");
         assert!(!schemas.are_known(&batch(&[8])), "only asking says whether that is still so");
+    }
+
+    #[test]
+    fn a_replay_asks_anew_for_an_id_that_was_absent_just_now() {
+        let mut schemas = schemas(&[Ok(None)]);
+        let waited = resolved_after(&mut schemas, &batch(&[7]), 0);
+        schemas.source.answers = vec![Ok(Some(TEXT))];
+        let soon = Timestamp::from_millis(waited + 10);
+        assert!(schemas.resolve(&batch(&[7]), false, soon).is_ok());
+        assert!(!schemas.codec().knows(7), "it is believed to be absent");
+        assert!(schemas.resolve(&batch(&[7]), true, soon).is_ok());
+        assert!(schemas.codec().knows(7), "the replay found it registered");
     }
 
     #[test]

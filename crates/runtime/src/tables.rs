@@ -60,7 +60,7 @@ impl Tables {
         }
         self.followed_at = Some(now);
         while let Some(batch) = self.backlog.front() {
-            schemas.resolve(batch, now)?;
+            schemas.resolve(batch, false, now)?;
             apply(stage, batch, schemas, signals);
             note_taken(&mut self.taken, batch, signals);
             self.backlog.pop_front();

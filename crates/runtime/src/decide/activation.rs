@@ -145,7 +145,7 @@ where
             source.keep_alive();
             signals.turned();
             if result.is_ok() {
-                result = self.schemas.resolve(batch, now);
+                result = self.schemas.resolve(batch, false, now);
             }
             if result.is_ok() {
                 let states = states.get_mut(&batch.source.partition).expect("only these are read");
