@@ -4,7 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
-use throughline_tests::{root, scenario_run, succeed};
+use throughline_tests::{binary, root, scenario_run, succeed};
 
 fn tracked_files() -> Vec<PathBuf> {
     let listed =
@@ -135,6 +135,51 @@ fn every_decide_stage_has_a_scenario() {
     }
     assert!(!decides.is_empty(), "crates/stages has decide stages");
     assert_eq!(told, decides, "the stages of tests/scenarios are the decide stages, none left out");
+}
+
+/// The documents' tables about failures are generated: `UPDATE_DOCS=1 cargo test -p throughline-tests --test tidy`
+/// writes them.
+#[test]
+fn the_documented_policy_is_the_one_that_the_loops_use() {
+    let printed = succeed(binary(), &["policy", "--json"]);
+    let policy: Value = serde_json::from_str(&printed).expect("it prints JSON");
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    let list =
+        |value: &Value| value.as_array().expect("a list").iter().map(text).collect::<Vec<_>>().join(", ");
+    let mut rules = String::from(
+        "| stages | step | class | what is done | when | then | shown by |\n|---|---|---|---|---|---|---|\n",
+    );
+    for rule in policy["rules"].as_array().expect("rules") {
+        let (kinds, steps, classes) = (list(&rule["kinds"]), list(&rule["steps"]), list(&rule["classes"]));
+        let named = ["response", "when", "then", "shows"].map(|name| text(&rule[name])).join(" | ");
+        rules.push_str(&format!("| {kinds} | {steps} | {classes} | {named} |\n"));
+    }
+    let mut codes = String::from("| class | codes | what |\n|---|---|---|\n");
+    for line in policy["database"].as_array().expect("codes") {
+        let cells = ["class", "codes", "what"].map(|name| text(&line[name])).join(" | ");
+        codes.push_str(&format!("| {cells} |\n"));
+    }
+    check_table("docs/operations.md", &rules);
+    check_table("docs/operations-database.md", &codes);
+}
+
+/// Compares the table between the marks of a document, or writes it where that is asked for.
+fn check_table(document: &str, expected: &str) {
+    let path = root().join(document);
+    let page = text_of(&path).expect("the document is there");
+    let (begin, end) = ("<!-- table: generated -->\n", "<!-- end of table -->");
+    let (before, rest) = page.split_once(begin).expect("the document has the mark where the table begins");
+    let (table, after) = rest.split_once(end).expect("the document has the mark where the table ends");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        let written = std::fs::write(&path, format!("{before}{begin}{expected}{end}{after}"));
+        written.expect("the document can be written");
+        return;
+    }
+    assert!(
+        table == expected,
+        "{document} differs from the code; write it with `UPDATE_DOCS=1 cargo test -p throughline-tests --test \
+         tidy`; it shall be:\n{expected}"
+    );
 }
 
 #[test]

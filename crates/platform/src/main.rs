@@ -58,6 +58,8 @@ enum Command {
     Doctor(commands::doctor::Args),
     /// Measure bridge, stages and stores beside plain clients
     Bench(commands::bench::Args),
+    /// Print what each stage does about each failure
+    Policy(commands::policy::Args),
     /// Describe an error code
     Explain(commands::explain::Args),
     /// Print the completion script of a shell
@@ -95,6 +97,7 @@ fn dispatch(cli: Cli) -> Result<Exit, CliError> {
         Command::Simulate(args) => commands::simulate::run(flags, &args),
         Command::Doctor(args) => commands::doctor::run(flags, &args),
         Command::Bench(args) => commands::bench::run(flags, &args),
+        Command::Policy(args) => commands::policy::run(flags, &args),
         Command::Explain(args) => commands::explain::run(flags, &args),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "throughline", &mut std::io::stdout());

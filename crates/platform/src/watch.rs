@@ -183,3 +183,38 @@ impl Heartbeats {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use throughline_model::record::TopicPartition;
+
+    #[test]
+    fn headroom_is_what_retention_leaves_to_the_first_record_that_waits() {
+        let topic = "device.headroom.v1";
+        let lag = |group: &str, first_unprocessed: Option<Timestamp>| GroupLag {
+            group: group.to_owned(),
+            state: "Stable".to_owned(),
+            partition: TopicPartition::new(topic, 0),
+            next: 7,
+            lag: 3,
+            caught_up: first_unprocessed.is_none(),
+            first_unprocessed,
+        };
+        let groups = vec![
+            lag("behind", Some(Timestamp::from_millis(100_000))),
+            lag("overtaken", Some(Timestamp(0))),
+            lag("at_the_end", None),
+        ];
+        let retention = Retention { ms: HashMap::from([(topic.to_owned(), 3_600_000)]), asked: None };
+        let now = Timestamp::from_millis(3_700_000);
+        retention.publish(&LagSnapshot { partitions: Vec::new(), groups }, now);
+        let headroom = |group| {
+            let labels = [("group", group), ("topic", topic), ("partition", "0")];
+            gauge(Metric::RetentionHeadroomSeconds, &labels).value()
+        };
+        assert_eq!(headroom("behind"), 0.0);
+        assert_eq!(headroom("overtaken"), -100.0);
+        assert_eq!(headroom("at_the_end"), 3_600.0);
+    }
+}

@@ -25,6 +25,7 @@ use crate::config::{LoopConfig, Shutdown, Stopped};
 use crate::decide::message_age;
 use crate::incarnation::{AskIncarnation, Watch};
 use crate::lane::Lane;
+use crate::policy::{self, At, Response, Step};
 use crate::ports::{Effector, Failure, PipelineEvent, SchemaSource, Source, Transactions};
 use crate::schemas::Schemas;
 use crate::signals::{Notes, Signals};
@@ -140,7 +141,7 @@ where
             transactions: ports.transactions,
             schemas: Schemas::new(ports.schemas, ports.codec, &config),
             clock: ports.clock,
-            signals: Signals::new(spec.group, health),
+            signals: Signals::new(spec.group, spec.kind, health),
             watch: Watch::new(spec.group, ports.incarnation),
             lanes: BTreeMap::new(),
             windows: BTreeMap::new(),
@@ -168,7 +169,7 @@ where
         let event = self.source.poll(if idle { self.wait() } else { Duration::ZERO });
         self.signals.turned();
         let looked = self.watch.look(self.clock.now());
-        Stopped::unless_stopped(self.spec.group, looked)?;
+        looked.or_else(|failure| policy::only(self.at(Step::Begin), failure, Response::Pause).map(drop))?;
         self.take(event)?;
         if self.needs_reset {
             self.reset()?;
@@ -270,7 +271,7 @@ where
                 self.signals.ready();
             }
             Err(failure) => {
-                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                let failure = policy::only(self.at(Step::Begin), failure, Response::Pause)?;
                 self.signals.failed(&failure);
                 self.setup.failed(now);
             }
@@ -301,6 +302,10 @@ where
         }
         self.resume_free();
         Ok(())
+    }
+
+    fn at(&self, step: Step) -> At {
+        At { stage: self.spec.group, kind: self.spec.kind, step }
     }
 
     /// Resumes partitions of which nothing waits.
@@ -372,7 +377,8 @@ where
                 return Ok(false);
             }
             if let Err(failure) = self.schemas.resolve(&batch, now) {
-                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                let at = At { stage: self.spec.group, kind: self.spec.kind, step: Step::Schema };
+                let failure = policy::only(at, failure, Response::Pause)?;
                 self.signals.failed(&failure);
                 return Ok(false);
             }

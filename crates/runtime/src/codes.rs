@@ -29,6 +29,8 @@ pub const OUTPUT_INVALID: &str = "TL-STAGE-001";
 pub const TIMER_STUCK: &str = "TL-STAGE-002";
 /// The source delivered a topic that the stage does not read.
 pub const TOPIC_UNEXPECTED: &str = "TL-STAGE-003";
+/// A failure that the policy does not name.
+pub const UNFORESEEN: &str = "TL-STAGE-004";
 /// A store refused a write that holds no rows.
 pub const STORE_REFUSES_NOTHING: &str = "TL-STORE-009";
 /// The database stands before what it had once taken.
@@ -126,6 +128,14 @@ pub const CODES: &[Code] = &[
                       run different versions.",
         remedy: "`throughline groups show <group>` lists the members and what they subscribe to; stop the \
                  one that does not belong.",
+    },
+    Code {
+        id: UNFORESEEN,
+        title: "a failure that the policy does not name",
+        explanation: "`throughline policy` lists what is done about each failure. This one is in no line of \
+                      it, so neither waiting nor a dead letter is known to be right. This is a defect of an \
+                      adapter.",
+        remedy: "Report the defect with the message; nothing of the transaction was committed.",
     },
     Code {
         id: STATE_UNREADABLE,

@@ -1,6 +1,6 @@
 //! What a loop is told, how it is asked to end, and how it ends when a person must act.
 
-use crate::ports::Failure;
+use crate::policy::{RETRY_LEAST, RETRY_MOST};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -47,8 +47,8 @@ impl Default for LoopConfig {
             records_max: 10_000,
             bytes_max: 8 << 20,
             poll_wait: Duration::from_millis(100),
-            retry_least: Duration::from_millis(100),
-            retry_most: Duration::from_secs(10),
+            retry_least: RETRY_LEAST,
+            retry_most: RETRY_MOST,
             tick_grace: Duration::from_millis(250),
             replays_max: REPLAYS_MAX,
             aside_least: Duration::from_secs(5),
@@ -89,19 +89,4 @@ pub struct Stopped {
     pub code: &'static str,
     /// What, where, why, and the command that helps.
     pub message: String,
-}
-
-impl Stopped {
-    /// Passes on only what stops the stage.
-    pub(crate) fn unless_stopped(stage: &'static str, done: Result<(), Failure>) -> Result<(), Self> {
-        done.or_else(|failure| Self::unless_recoverable(stage, failure).map(drop))
-    }
-
-    /// Tells a failure that stops the stage from one that the loop recovers from.
-    pub(crate) fn unless_recoverable(stage: &'static str, failure: Failure) -> Result<Failure, Self> {
-        match failure {
-            Failure::Stop { code, message } => Err(Self { stage, code, message }),
-            recoverable => Ok(recoverable),
-        }
-    }
 }

@@ -14,6 +14,7 @@ use crate::config::{LoopConfig, Shutdown, Stopped};
 use crate::dead_letter::Fault;
 use crate::incarnation::{AskIncarnation, Watch};
 use crate::lane::{BatchTiming, Lane, wait_seconds};
+use crate::policy::{self, At, Response, Step};
 use crate::ports::{Failure, PipelineEvent, SchemaSource, Source, TableReader, Transactions};
 use crate::schemas::Schemas;
 use crate::signals::{Notes, Signals};
@@ -156,7 +157,7 @@ where
             reader: ports.tables,
             schemas: Schemas::new(ports.schemas, Arc::clone(&ports.codec), &config),
             clock: ports.clock,
-            signals: Signals::new(spec.group, health),
+            signals: Signals::new(spec.group, spec.kind, health),
             watch: Watch::new(spec.group, ports.incarnation),
             tables: Tables::default(),
             effects: Effects::new(ports.codec),
@@ -182,7 +183,7 @@ where
         let event = self.source.poll(self.wait());
         self.signals.turned();
         let looked = self.watch.look(self.clock.now());
-        Stopped::unless_stopped(self.spec.group, looked)?;
+        looked.or_else(|failure| policy::only(self.at(Step::Begin), failure, Response::Pause).map(drop))?;
         self.take(event)?;
         if self.needs_reset {
             self.reset()?;
@@ -240,7 +241,8 @@ where
             PipelineEvent::Idle => {}
             PipelineEvent::Available => self.reached(),
             PipelineEvent::Unavailable(message) => {
-                self.signals.failed(&Failure::Dependency { dependency: "kafka", message });
+                let failure = Failure::Dependency { dependency: "kafka", message };
+                self.signals.failed(&policy::only(self.at(Step::Read), failure, Response::Pause)?);
                 self.reachable = Reach::No(Backoff::new(self.config.retry_least, self.config.retry_most));
             }
         }
@@ -324,7 +326,7 @@ where
 
     /// Keeps a batch whose schema cannot be asked for now, and everything behind it.
     fn hold(&mut self, batch: Batch, failure: Failure) -> Result<(), Stopped> {
-        let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+        let failure = policy::only(self.at(Step::Schema), failure, Response::Pause)?;
         self.signals.failed(&failure);
         let source = batch.source.clone();
         let lane = self.lanes.get_mut(&source).expect("the batch was received by its lane");
@@ -348,7 +350,7 @@ where
                     self.resume_if_free(&batch.source);
                 }
                 Err(failure) => {
-                    let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                    let failure = policy::only(self.at(Step::Schema), failure, Response::Pause)?;
                     self.signals.failed(&failure);
                 }
             }
@@ -515,6 +517,10 @@ where
             pending_since: pending.since,
             state_keys: tasks.values().map(|task| task.states.len()).sum(),
         });
+    }
+
+    fn at(&self, step: Step) -> At {
+        At { stage: self.spec.group, kind: self.spec.kind, step }
     }
 
     fn stopped(&self, code: &'static str, message: String) -> Stopped {

@@ -14,6 +14,7 @@ mod decide;
 mod incarnation;
 mod lane;
 mod load;
+pub mod policy;
 pub mod ports;
 mod reprocess;
 mod sabotage;

@@ -14,6 +14,7 @@ use crate::dead_letter::Fault;
 use crate::decide::message_age;
 use crate::incarnation::{AskIncarnation, Watch};
 use crate::lane::{BatchTiming, Lane, wait_seconds};
+use crate::policy::{self, At, Response, Step};
 use crate::ports::{BooksFound, Failure, Outlet, PipelineEvent, Position, SchemaSource, Source, Store};
 use crate::schemas::Schemas;
 use crate::signals::{Notes, Signals};
@@ -117,7 +118,7 @@ where
             outlet: ports.outlet,
             schemas: Schemas::new(ports.schemas, ports.codec, &config),
             clock: ports.clock,
-            signals: Signals::new(spec.group, health),
+            signals: Signals::new(spec.group, spec.kind, health),
             watch: Watch::new(spec.group, ports.incarnation),
             lanes: BTreeMap::new(),
             pieces: Vec::new(),
@@ -142,7 +143,7 @@ where
         let event = self.source.poll(self.wait());
         self.signals.turned();
         let looked = self.watch.look(self.clock.now());
-        Stopped::unless_stopped(self.spec.group, looked)?;
+        looked.or_else(|failure| policy::only(self.at(Step::Begin), failure, Response::Pause).map(drop))?;
         self.take(event)?;
         self.set_up()?;
         self.write_if_due()?;
@@ -188,7 +189,8 @@ where
             PipelineEvent::Idle => {}
             PipelineEvent::Available => self.signals.works("kafka"),
             PipelineEvent::Unavailable(message) => {
-                self.signals.failed(&Failure::Dependency { dependency: "kafka", message });
+                let failure = Failure::Dependency { dependency: "kafka", message };
+                self.signals.failed(&policy::only(self.at(Step::Read), failure, Response::Pause)?);
             }
         }
         Ok(())
@@ -321,7 +323,7 @@ where
 
     /// Keeps a batch whose schema cannot be asked for now, and everything behind it.
     fn hold(&mut self, batch: Batch, failure: Failure) -> Result<(), Stopped> {
-        let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+        let failure = policy::only(self.at(Step::Schema), failure, Response::Pause)?;
         self.signals.failed(&failure);
         let source = batch.source.clone();
         let lane = self.lanes.get_mut(&source).expect("the batch was received by its lane");
@@ -342,7 +344,7 @@ where
                     break;
                 }
                 if let Err(failure) = self.schemas.resolve(batch, lane.replayed, self.clock.now()) {
-                    let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                    let failure = policy::only(self.at(Step::Schema), failure, Response::Pause)?;
                     self.signals.failed(&failure);
                     break;
                 }
@@ -398,6 +400,10 @@ where
     }
 
     // ---- small things ----------------------------------------------------------------------------------
+
+    fn at(&self, step: Step) -> At {
+        At { stage: self.spec.group, kind: self.spec.kind, step }
+    }
 
     /// Returns how long the next poll may wait: not beyond the next thing that is due.
     fn wait(&self) -> Duration {

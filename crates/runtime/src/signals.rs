@@ -3,12 +3,14 @@
 use crate::clock::{Backoff, elapsed, seconds_between};
 use crate::config::Stopped;
 use crate::lane::Lane;
+use crate::policy::{self, At, Response, Step};
 use crate::ports::{Advance, Failure};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use throughline_model::outcome::Outcome;
 use throughline_model::record::TopicPartition;
+use throughline_model::stage::Kind;
 use throughline_model::time::Timestamp;
 use throughline_telemetry::{Metric, RoleHealth, counter, gauge, histogram};
 
@@ -17,6 +19,7 @@ const NOTE_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(crate) struct Signals {
     stage: &'static str,
+    kind: Kind,
     health: RoleHealth,
     down: BTreeSet<&'static str>,
     last_failure: Option<String>,
@@ -35,9 +38,9 @@ pub(crate) struct Notes {
 }
 
 impl Signals {
-    pub(crate) fn new(stage: &'static str, health: RoleHealth) -> Self {
+    pub(crate) fn new(stage: &'static str, kind: Kind, health: RoleHealth) -> Self {
         health.ready(false, "the stage has not joined its group yet");
-        Self { stage, health, down: BTreeSet::new(), last_failure: None, noted_at: None, ready: false }
+        Self { stage, kind, health, down: BTreeSet::new(), last_failure: None, noted_at: None, ready: false }
     }
 
     /// Says that the loop is alive.
@@ -120,7 +123,8 @@ impl Signals {
                 self.ready();
             }
             Err(failure) => {
-                let failure = Stopped::unless_recoverable(self.stage, failure)?;
+                let at = At { stage: self.stage, kind: self.kind, step: Step::Begin };
+                let failure = policy::only(at, failure, Response::Pause)?;
                 self.failed(&failure);
                 setup.failed(now);
             }

@@ -1,7 +1,8 @@
 //! Failure classes: whose fault an error of the database is.
 //!
-//! One function decides, over two closed tables. A code that is in neither table stops the stage: an error
-//! that nobody thought about is neither the data's fault nor something that waiting cures.
+//! One function decides, over one closed table. A code that is not in it stops the stage: an error that
+//! nobody thought about is neither the data's fault nor something that waiting cures. What a stage does about
+//! each class is a table of the runtime.
 
 use std::fmt::Display;
 use throughline_runtime::ports::Failure;
@@ -44,14 +45,16 @@ pub(crate) const NO_OFFSET: &str = "TL-STORE-006";
 
 /// The two databases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Engine {
+pub enum Engine {
+    /// Codes are SQLSTATEs.
     Postgres,
+    /// Codes are extended result codes.
     Sqlite,
 }
 
 /// Whose fault it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Class {
+pub enum Class {
     /// The row's: search it and dead-letter it.
     Data,
     /// The database's: wait and try again.
@@ -60,56 +63,104 @@ pub(crate) enum Class {
     Stop,
 }
 
-/// SQLSTATE prefix, whether the error must name a constraint, class. The first match decides.
-const POSTGRES: &[(&str, bool, Class)] = &[
-    ("22", false, Class::Data),          // data exception: out of range, NUL, bad JSON
-    ("23502", false, Class::Data),       // NOT NULL
-    ("23514", true, Class::Data),        // CHECK; without a name it is a missing partition
-    ("54000", false, Class::Data),       // row or index entry too large
-    ("08", false, Class::Dependency),    // connection
-    ("40", false, Class::Dependency),    // serialisation, deadlock, unknown completion
-    ("53", false, Class::Dependency),    // disk full, out of memory, too many connections
-    ("55P03", false, Class::Dependency), // lock not available
-    ("57", false, Class::Dependency),    // shutdown, cancelled, starting up
-    ("58", false, Class::Dependency),    // IO error of the server
-    ("25006", false, Class::Dependency), // read only: a failover is going on
-    ("25P03", false, Class::Dependency), // idle in a transaction for too long: this process was held up
-    ("25P04", false, Class::Dependency), // a transaction took too long (PostgreSQL 17)
-    ("28", false, Class::Dependency),    // authorisation: secrets are rotated
-];
+impl Class {
+    /// Returns the name for people and scripts.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Data => "data",
+            Self::Dependency => "dependency",
+            Self::Stop => "stop",
+        }
+    }
+}
 
-/// Extended result codes of SQLite that are the data's fault.
-const SQLITE_DATA: &[i32] = &[
-    18,    // TOOBIG
-    20,    // MISMATCH
-    275,   // CONSTRAINT_CHECK
-    1_299, // CONSTRAINT_NOTNULL
-    3_091, // CONSTRAINT_DATATYPE
-];
+/// Which errors of a database a line of [`FAILURE_CLASSES`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codes {
+    /// SQLSTATEs that begin so.
+    SqlState(&'static str),
+    /// The SQLSTATE, where the error names a constraint.
+    WithConstraint(&'static str),
+    /// The extended result code of SQLite.
+    Extended(i32),
+    /// Every code of SQLite whose low byte is this primary one.
+    Primary(i32),
+}
 
-/// Primary result codes of SQLite (the low byte) that waiting may cure.
-const SQLITE_DEPENDENCY: &[i32] = &[
-    5,  // BUSY
-    6,  // LOCKED
-    7,  // NOMEM
-    10, // IOERR
-    13, // FULL
-    14, // CANTOPEN
+impl Codes {
+    fn has(self, engine: Engine, code: &str, constraint: Option<&str>) -> bool {
+        let number = || code.parse::<i32>().ok();
+        match (engine, self) {
+            (Engine::Postgres, Self::SqlState(prefix)) => code.starts_with(prefix),
+            (Engine::Postgres, Self::WithConstraint(state)) => code == state && constraint.is_some(),
+            (Engine::Sqlite, Self::Extended(extended)) => number() == Some(extended),
+            (Engine::Sqlite, Self::Primary(primary)) => number().is_some_and(|code| code & 0xff == primary),
+            _ => false,
+        }
+    }
+}
+
+impl Display for Codes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::SqlState(prefix) if prefix.len() < 5 => write!(f, "SQLSTATE {prefix}xxx"),
+            Self::SqlState(state) => write!(f, "SQLSTATE {state}"),
+            Self::WithConstraint(state) => write!(f, "SQLSTATE {state} with the name of a constraint"),
+            Self::Extended(code) => write!(f, "SQLite {code}"),
+            Self::Primary(code) => write!(f, "SQLite {code} and its extended codes"),
+        }
+    }
+}
+
+/// A line of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct FailureClass {
+    /// Which errors.
+    pub codes: Codes,
+    /// Whose fault they are.
+    pub class: Class,
+    /// What they mean.
+    pub what: &'static str,
+}
+
+const fn line(codes: Codes, class: Class, what: &'static str) -> FailureClass {
+    FailureClass { codes, class, what }
+}
+
+/// Every error that is not a person's to look at; the first line that has it decides. No line overlaps
+/// another, and `throughline policy` and docs/operations-database.md print them.
+pub const FAILURE_CLASSES: &[FailureClass] = &[
+    line(Codes::SqlState("22"), Class::Data, "data exception: out of range, NUL, bad JSON"),
+    line(Codes::SqlState("23502"), Class::Data, "NOT NULL"),
+    line(Codes::WithConstraint("23514"), Class::Data, "CHECK; without a name it is a missing partition"),
+    line(Codes::SqlState("54000"), Class::Data, "a row or index entry is too large"),
+    line(Codes::Extended(18), Class::Data, "TOOBIG"),
+    line(Codes::Extended(20), Class::Data, "MISMATCH"),
+    line(Codes::Extended(275), Class::Data, "CONSTRAINT_CHECK"),
+    line(Codes::Extended(1_299), Class::Data, "CONSTRAINT_NOTNULL"),
+    line(Codes::Extended(3_091), Class::Data, "CONSTRAINT_DATATYPE"),
+    line(Codes::SqlState("08"), Class::Dependency, "connection"),
+    line(Codes::SqlState("40"), Class::Dependency, "serialisation, deadlock, unknown completion"),
+    line(Codes::SqlState("53"), Class::Dependency, "disk full, out of memory, too many connections"),
+    line(Codes::SqlState("55P03"), Class::Dependency, "a lock is not available"),
+    line(Codes::SqlState("57"), Class::Dependency, "shutdown, cancelled, starting up"),
+    line(Codes::SqlState("58"), Class::Dependency, "IO error of the server"),
+    line(Codes::SqlState("25006"), Class::Dependency, "read only: a failover is going on"),
+    line(Codes::SqlState("25P03"), Class::Dependency, "idle in a transaction: this process was held up"),
+    line(Codes::SqlState("25P04"), Class::Dependency, "a transaction took too long (PostgreSQL 17)"),
+    line(Codes::SqlState("28"), Class::Dependency, "authorisation: secrets are rotated"),
+    line(Codes::Primary(5), Class::Dependency, "BUSY"),
+    line(Codes::Primary(6), Class::Dependency, "LOCKED"),
+    line(Codes::Primary(7), Class::Dependency, "NOMEM"),
+    line(Codes::Primary(10), Class::Dependency, "IOERR"),
+    line(Codes::Primary(13), Class::Dependency, "FULL"),
+    line(Codes::Primary(14), Class::Dependency, "CANTOPEN"),
 ];
 
 /// Says whose fault an error code of the database is.
 pub(crate) fn classify(engine: Engine, code: &str, constraint: Option<&str>) -> Class {
-    match engine {
-        Engine::Postgres => POSTGRES
-            .iter()
-            .find(|(prefix, named, _)| code.starts_with(prefix) && (!named || constraint.is_some()))
-            .map_or(Class::Stop, |(_, _, class)| *class),
-        Engine::Sqlite => match code.parse::<i32>() {
-            Ok(code) if SQLITE_DATA.contains(&code) => Class::Data,
-            Ok(code) if SQLITE_DEPENDENCY.contains(&(code & 0xff)) => Class::Dependency,
-            _ => Class::Stop,
-        },
-    }
+    let found = FAILURE_CLASSES.iter().find(|line| line.codes.has(engine, code, constraint));
+    found.map_or(Class::Stop, |line| line.class)
 }
 
 /// Turns an error of the client library into a failure. The message names code, table, column and
@@ -252,6 +303,36 @@ mod tests {
             assert_eq!(classify(Engine::Sqlite, &code.to_string(), None), class, "sqlite {code}");
         }
         assert_eq!(classify(Engine::Sqlite, "nonsense", None), Class::Stop);
+        for line in FAILURE_CLASSES {
+            let is_tested = match line.codes {
+                Codes::SqlState(_) | Codes::WithConstraint(_) => {
+                    postgres.iter().any(|(code, name, class)| {
+                        line.codes.has(Engine::Postgres, code, *name) && *class == line.class
+                    })
+                }
+                Codes::Extended(_) | Codes::Primary(_) => sqlite.iter().any(|(code, class)| {
+                    line.codes.has(Engine::Sqlite, &code.to_string(), None) && *class == line.class
+                }),
+            };
+            assert!(is_tested, "{} has an example above", line.codes);
+        }
+    }
+
+    #[test]
+    fn what_the_client_library_says_of_itself_is_the_dependencys_or_a_persons() {
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        for error in [
+            sqlx::Error::Io(refused),
+            sqlx::Error::PoolTimedOut,
+            sqlx::Error::PoolClosed,
+            sqlx::Error::WorkerCrashed,
+            sqlx::Error::Protocol("the stream ended".to_owned()),
+        ] {
+            let failure = failure(Engine::Postgres, "write rows", &error);
+            assert!(matches!(failure, Failure::Dependency { dependency: "database", .. }), "{error}");
+        }
+        let failure = failure(Engine::Postgres, "write rows", &sqlx::Error::RowNotFound);
+        assert!(matches!(failure, Failure::Stop { code: REFUSED, .. }), "{failure}");
     }
 
     #[test]

@@ -19,7 +19,7 @@ mod read;
 mod sqlite;
 mod validate;
 
-pub use error::CODES;
+pub use error::{CODES, Class, Codes, Engine, FAILURE_CLASSES, FailureClass};
 pub use read::Table;
 pub use validate::{ID_BYTES_MAX, TEXT_BYTES_MAX, validate};
 

@@ -7,6 +7,7 @@ pub mod dlq;
 pub mod doctor;
 pub mod explain;
 pub mod groups;
+pub mod policy;
 pub mod rules;
 pub mod run;
 pub mod simulate;

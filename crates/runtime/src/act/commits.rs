@@ -5,6 +5,7 @@ use super::window::Window;
 use crate::clock::elapsed;
 use crate::config::Stopped;
 use crate::lane::Lane;
+use crate::policy::{self, Response, Step};
 use crate::ports::{Effector, Failure, SchemaSource, Source, Transactions};
 use throughline_model::stage::Act;
 
@@ -55,7 +56,7 @@ where
     /// Drops everything that is not committed; the loop begins again at the committed positions and delivers
     /// what lies behind them once more, under the same ids.
     fn recover(&mut self, failure: Failure) -> Result<(), Stopped> {
-        let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+        let failure = policy::only(self.at(Step::Write), failure, Response::BeginAgain)?;
         self.signals.recovers(&failure);
         if matches!(failure, Failure::Dependency { .. }) {
             self.signals.failed(&failure);
@@ -86,7 +87,7 @@ where
         match self.transactions.reset() {
             Ok(()) => self.needs_reset = false,
             Err(failure) => {
-                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                let failure = policy::only(self.at(Step::Begin), failure, Response::Pause)?;
                 self.signals.failed(&failure);
                 self.recovery.failed(self.clock.now());
             }

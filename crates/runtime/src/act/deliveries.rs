@@ -5,6 +5,7 @@ use super::{ANSWER_WAIT, ActLoop, FINISH_BUDGET, UNDER_WAY_MAX};
 use crate::clock::elapsed;
 use crate::config::Stopped;
 use crate::dead_letter::{Fault, Retry, push_retry};
+use crate::policy::{self, Class, Response};
 use crate::ports::{Answer, Effector, Failure, SchemaSource, Source, Transactions};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -119,7 +120,10 @@ where
                 let passed = self.passed;
                 let item = self.windows.get_mut(&partition).and_then(|window| window.under(token));
                 let asides = item.and_then(|item| item.failed(passed).then_some(item.asides));
-                if let Some(asides) = asides {
+                // Where others pass it is the record's fault, else the other side's.
+                let class = if asides.is_some() { Class::Data } else { Class::Dependency };
+                let rule = policy::rule(self.spec.kind, policy::Step::Deliver, class);
+                if let (Some(asides), Some(Response::SetAside)) = (asides, rule.map(|rule| rule.response)) {
                     self.set_aside(&partition, token, asides, message, wait);
                     return;
                 }

@@ -5,6 +5,7 @@ use crate::clock::elapsed;
 use crate::codes;
 use crate::config::Stopped;
 use crate::lane::Lane;
+use crate::policy::{self, Response, Step};
 use crate::ports::{Failure, SchemaSource, Source, TableReader, Transactions};
 use std::sync::Arc;
 use throughline_model::keyed::KeyedState;
@@ -82,7 +83,7 @@ where
 
     /// Drops everything that is not committed; the loop begins again at the committed positions.
     pub(super) fn recover(&mut self, failure: Failure) -> Result<(), Stopped> {
-        let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+        let failure = policy::only(self.at(Step::Write), failure, Response::BeginAgain)?;
         self.signals.recovers(&failure);
         if matches!(failure, Failure::Dependency { .. }) {
             self.signals.failed(&failure);
@@ -107,7 +108,7 @@ where
                 Ok(())
             }
             Err(failure) => {
-                let failure = Stopped::unless_recoverable(self.spec.group, failure)?;
+                let failure = policy::only(self.at(Step::Begin), failure, Response::Pause)?;
                 self.signals.failed(&failure);
                 self.recovery.failed(self.clock.now());
                 Ok(())

@@ -5,6 +5,7 @@ use crate::clock::elapsed;
 use crate::codes;
 use crate::config::Stopped;
 use crate::lane::Lane;
+use crate::policy::{self, Response, Step};
 use crate::ports::{Advance, Failure, Outlet, SchemaSource, Source, Store};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -103,15 +104,16 @@ where
             self.retry.succeeded();
             return Ok(());
         };
-        match Stopped::unless_recoverable(self.spec.group, failure)? {
-            Failure::Data { code, message } => self.search(&code, &message),
-            failure @ Failure::Fenced(_) => {
+        let able = [Response::Pause, Response::BeginAgain, Response::Search];
+        match policy::respond(self.at(Step::Write), failure, &able)? {
+            (Response::Search, Failure::Data { code, message }) => self.search(&code, &message),
+            (Response::BeginAgain, failure) => {
                 self.signals.recovers(&failure);
                 self.setup.failed(self.clock.now());
                 self.begin_again();
                 Ok(())
             }
-            failure => {
+            (_, failure) => {
                 self.signals.failed(&failure);
                 self.retry.failed(self.clock.now());
                 if matches!(self.writing, Writing::Gathering) {

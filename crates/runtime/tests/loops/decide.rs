@@ -8,6 +8,7 @@ use throughline_model::record::{Outbox, TopicPartition};
 use throughline_model::topics::DEVICE_TELEMETRY_V1;
 use throughline_runtime::ports::{PipelineEvent, Transactions};
 use throughline_runtime::{Clock, codes};
+use throughline_telemetry::{Metric, counter};
 use throughline_testkit::{
     Fault, MemorySource, MemoryTransactions, Point, device_message, measurement, schema_of,
 };
@@ -345,10 +346,15 @@ fn positions_without_a_record_and_overtaken_ones_are_in_the_books() {
         world.say("a", "add:3");
     }
     world.cluster.delete_before(INPUT, 0, 8);
+    let labels = [("group", GROUP), ("topic", INPUT), ("partition", "0")];
+    let overtaken = counter(Metric::OvertakenTotal, &labels);
+    let before = overtaken.value();
     let (mut running, _) = world.start("i");
     world.settle(&mut running);
     let counted = books(&world);
     assert_eq!((counted.records_read(), counted.overtaken), (3, 3));
+    // Other tests of this process count there too.
+    assert!(overtaken.value() >= before + 3, "the metric counts them");
     // A marker at the end is read over before retention takes what follows it.
     world.cluster.append_gap(INPUT, 0, 1);
     world.pass(&mut running, Duration::from_secs(1));
