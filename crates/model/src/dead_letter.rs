@@ -34,6 +34,9 @@ pub mod header {
     pub const RETRY_COUNT: &str = "tl-retry-count";
     /// Before this time, milliseconds since 1970 as text, a record of a retry topic is not tried again.
     pub const RETRY_NOT_BEFORE: &str = "tl-retry-not-before";
+    /// The rule that made the record, `<id>@<version>`: on alerts, commands and forwarded messages, so that
+    /// what a later stage refuses is known to come from it.
+    pub const RULE: &str = "tl-rule";
     /// Where the first dead letter lies, `topic/partition/offset`, kept through further failures. The bridge
     /// derives the ids of what it could not decode from it, so that a second replay changes nothing.
     pub const ORIGIN: &str = "tl-bridge-origin";

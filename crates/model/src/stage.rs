@@ -170,11 +170,33 @@ impl Effects {
         self.emit_as(topic, key, &value.envelope(), value);
     }
 
+    /// As [`Effects::emit`], with one more header.
+    pub fn emit_with<T: Serialize + Enveloped>(
+        &mut self,
+        topic: &str,
+        key: &str,
+        value: &T,
+        header: (&str, &[u8]),
+    ) {
+        self.emit_headed(topic, key, &value.envelope(), value, Some(header));
+    }
+
     /// As [`Effects::emit`], for a value that borrows from its input and so is not itself [`Enveloped`].
     pub fn emit_as<T: Serialize>(&mut self, topic: &str, key: &str, envelope: &EnvelopeRef<'_>, value: &T) {
+        self.emit_headed(topic, key, envelope, value, None);
+    }
+
+    fn emit_headed<T: Serialize>(
+        &mut self,
+        topic: &str,
+        key: &str,
+        envelope: &EnvelopeRef<'_>,
+        value: &T,
+        more: Option<(&str, &[u8])>,
+    ) {
         let topic = self.name(topic);
         let traceparent = traceparent(envelope);
-        let headers = traceparent.as_deref().map(|t| ("traceparent", t.as_bytes()));
+        let headers = traceparent.as_deref().map(|t| ("traceparent", t.as_bytes())).into_iter().chain(more);
         let codec = &self.codec;
         let written = self.outbox.push_with(&topic, None, Some(key.as_bytes()), headers, |out| {
             codec.encode(&topic, value, out).map(|()| true)

@@ -11,6 +11,10 @@
 //! reason `superseded` where the message is older than the newest of its stream; *duplicate* for a
 //! redelivery.
 //!
+//! No message is dead-lettered for a rule: an expression that finds no value does not hold, and a rule that does
+//! not compile is not in force. What a rule made carries it in the header `tl-rule`, `<id>@<version>`, so that a
+//! record which a later stage refuses is known to come from it.
+//!
 //! A device's own time outside the bounds counts as absent here as in the other stages: one message from
 //! the far future would else make every message of the device's next life look like a redelivery.
 
@@ -20,7 +24,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use throughline_model::catalog::changelog_topic;
 use throughline_model::codec::{Codec, CodecError};
-use throughline_model::envelope::{Alert, Command, DeviceMessage, EnvelopeRef, Measurement, RuleRecord};
+use throughline_model::dead_letter::header;
+use throughline_model::envelope::{
+    Alert, Command, DeviceMessage, EnvelopeRef, Enveloped, Measurement, RuleRecord,
+};
 use throughline_model::ids::{DeviceKey, derived_message_id, timed_message_id};
 use throughline_model::keyed::{Keyed, KeyedState};
 use throughline_model::outcome::{Outcome, Settled};
@@ -415,6 +422,11 @@ impl Output<'_> {
         .to_string()
     }
 
+    /// Emits a record with the rule and its version as header.
+    fn emit<T: Serialize + Enveloped>(&mut self, topic: &str, output_key: &str, value: &T) {
+        self.effects.emit_with(topic, self.key, value, (header::RULE, output_key.as_bytes()));
+    }
+
     /// Writes the alert and the commands of a rule whose condition has held since `since`, and returns it
     /// as raised.
     fn raise(&mut self, rule: &Rule, since: Timestamp, cause: Cause) -> Active {
@@ -430,7 +442,7 @@ impl Output<'_> {
                 expires_at: self.time.plus(command.expires_in),
                 ..Command::from_cause(&cause, self.key)
             };
-            self.effects.emit(DEVICE_COMMAND_V1, self.key, &command);
+            self.emit(DEVICE_COMMAND_V1, &output_key, &command);
         }
         if rule.alert {
             let alert = Alert {
@@ -445,7 +457,7 @@ impl Output<'_> {
                 values: cause.values.clone(),
                 ..Alert::from_cause(&cause, self.key)
             };
-            self.effects.emit(SERVICE_PLATFORM_ALERT_V1, self.key, &alert);
+            self.emit(SERVICE_PLATFORM_ALERT_V1, &output_key, &alert);
         }
         Active::raised(rule, since, alert_id)
     }
@@ -453,8 +465,9 @@ impl Output<'_> {
     /// Writes the clear of an alert. What was only pending, or never published, ends silently.
     fn clear(&mut self, active: Active, cause: &Cause, reason: Option<&str>) {
         let Phase::Raised { alert_id, severity, summary, published: true } = active.phase else { return };
+        let output_key = format!("{}@{}", active.rule, active.version);
         let alert = Alert {
-            message_id: self.id(&format!("{}@{}/clear", active.rule, active.version)),
+            message_id: self.id(&format!("{output_key}/clear")),
             reason: reason.map(str::to_owned),
             alert_id,
             rule_id: active.rule,
@@ -467,19 +480,20 @@ impl Output<'_> {
             values: cause.values.clone(),
             ..Alert::from_cause(cause, self.key)
         };
-        self.effects.emit(SERVICE_PLATFORM_ALERT_V1, self.key, &alert);
+        self.emit(SERVICE_PLATFORM_ALERT_V1, &output_key, &alert);
     }
 
     /// Copies a message for which a rule holds.
     fn forward(&mut self, rule: &Rule, message: &MessageRef<'_>) {
         let Some(topic) = rule.forward else { return };
+        let output_key = rule.output_key();
         let copy = DeviceMessage {
-            message_id: self.id(&format!("{}/forward", rule.output_key())),
+            message_id: self.id(&format!("{output_key}/forward")),
             clock_offset: message.clock_offset,
             measurements: message.measurements.iter().map(MeasurementRef::to_owned).collect(),
             ..DeviceMessage::from_cause(&message.cause(|_| false), self.key)
         };
-        self.effects.emit(topic, self.key, &copy);
+        self.emit(topic, &output_key, &copy);
     }
 }
 

@@ -126,6 +126,7 @@ impl Bench {
         assert!(self.effects.take_failure().is_none());
         let words = self.effects.outbox().iter().map(|o| {
             assert_eq!(o.headers.last("traceparent").map(|t| &t[3..35]), Some(TRACE.as_bytes()));
+            assert!(o.headers.last(header::RULE).is_some_and(|rule| rule.contains(&b'@')), "what made it");
             match o.topic {
                 SERVICE_PLATFORM_ALERT_V1 => {
                     let a: Alert = self.codec.decode(o.value).expect("fits");
@@ -322,6 +323,7 @@ fn a_command_expires_and_names_its_rule() {
     bench.send(1, &message(1, 1, &[("temperature", 91.0)]));
     let outgoing = bench.effects.outbox().get(0);
     assert_eq!((outgoing.topic, outgoing.key), (DEVICE_COMMAND_V1, Some(b"s/d".as_slice())));
+    assert_eq!(outgoing.headers.last("tl-rule"), Some(b"hot@1".as_slice()));
     let command: Command = bench.codec.decode(outgoing.value).expect("fits");
     assert_eq!((command.expires_at, command.request_code.as_deref()), (at(6), Some("protect")));
     assert_eq!((command.arguments[0].number, command.trace_id.as_str()), (Some(0.0), TRACE));

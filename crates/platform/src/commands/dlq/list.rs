@@ -20,6 +20,8 @@ struct Cause {
     stage: String,
     code: String,
     schema_id: Option<u32>,
+    /// The rule that made the record, with its version.
+    rule: Option<String>,
 }
 
 struct Group {
@@ -62,7 +64,7 @@ pub fn list(flags: &Flags, context: &Context, selector: &Selector) -> Result<Exi
             .map(|(cause, g)| {
                 let count: u64 = Fates::ALL.iter().map(|fate| g.fates.of(*fate)).sum();
                 json!({"topic": cause.topic, "stage": cause.stage, "code": cause.code,
-                       "schema_id": cause.schema_id, "count": count, "fates": g.fates.by_name(),
+                       "schema_id": cause.schema_id, "rule": cause.rule, "count": count, "fates": g.fates.by_name(),
                        "first": g.first.to_string(), "last": g.last.to_string(),
                        "example": g.example, "message": g.message})
             })
@@ -75,13 +77,14 @@ pub fn list(flags: &Flags, context: &Context, selector: &Selector) -> Result<Exi
         .map(|(cause, g)| {
             let mut row = vec![cause.topic.clone(), cause.stage.clone(), cause.code.clone()];
             row.push(cause.schema_id.map(|id| id.to_string()).unwrap_or_default());
+            row.push(cause.rule.clone().unwrap_or_default());
             row.extend(Fates::ALL.iter().map(|fate| g.fates.of(*fate).to_string()));
             row.extend([g.first.to_string(), g.last.to_string(), g.example.clone(), g.message.clone()]);
             row
         })
         .collect();
     let header = [
-        "TOPIC", "STAGE", "CODE", "SCHEMA", "OPEN", "REPLAYED", "DROPPED", "PARKED", "FIRST", "LAST",
+        "TOPIC", "STAGE", "CODE", "SCHEMA", "RULE", "OPEN", "REPLAYED", "DROPPED", "PARKED", "FIRST", "LAST",
         "EXAMPLE", "MESSAGE",
     ];
     output::table(&header, &rows);
@@ -96,6 +99,7 @@ fn cause(found: &Found<'_>) -> Cause {
         stage: if stated.is_empty() { owner } else { stated },
         code: found.letter.code.to_owned(),
         schema_id: found.letter.schema_id,
+        rule: Some(text(&found.record, header::RULE)).filter(|rule| !rule.is_empty()),
     }
 }
 
@@ -134,6 +138,7 @@ fn document(reader: &mut Reader<'_>, found: &Found<'_>) -> Result<Value, CliErro
     document["stage"] = cause.stage.into();
     document["code"] = cause.code.into();
     document["schema_id"] = cause.schema_id.into();
+    document["rule"] = cause.rule.into();
     document["message"] = text(record, header::MESSAGE).into();
     document["fate"] = found.fate.label().into();
     document["request"] = found.request.clone().into();

@@ -23,7 +23,7 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Count dead letters by topic, stage, code and schema, open ones and those that were dealt with
+    /// Count dead letters by topic, stage, code, schema and rule version, open ones and those that were dealt with
     List {
         #[command(flatten)]
         selector: Selector,
