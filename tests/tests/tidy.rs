@@ -137,6 +137,36 @@ fn every_decide_stage_has_a_scenario() {
     assert_eq!(told, decides, "the stages of tests/scenarios are the decide stages, none left out");
 }
 
+#[test]
+fn the_codes_of_dead_letters_are_listed() {
+    let listed = throughline_model::dead_letter::CODES;
+    // A record of a table that is not taken is logged, not dead-lettered.
+    let of_tables = ["rule_key_mismatch"];
+    let mut texts = String::new();
+    for path in tracked_files() {
+        let shown = path.display().to_string();
+        let of_stages = ["model", "stages", "mqtt", "store"].map(|owner| format!("/crates/{owner}/src/"));
+        let is_code = shown.ends_with(".rs") && of_stages.iter().any(|place| shown.contains(place));
+        if !is_code || shown.contains("tests") || shown.ends_with("dead_letter/codes.rs") {
+            continue;
+        }
+        let text = text_of(&path).unwrap_or_default();
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for made in ["dead_lettered(", "Reject::new("] {
+            for rest in code.split(made).skip(1) {
+                let literal = rest.trim_start().strip_prefix('"').and_then(|rest| rest.split('"').next());
+                if let Some(code) = literal.filter(|code| !code.is_empty() && !of_tables.contains(code)) {
+                    assert!(listed.contains(&code), "{shown}: `{code}` is missing in dead_letter/codes.rs");
+                }
+            }
+        }
+        texts.push_str(code);
+    }
+    for code in listed {
+        assert!(texts.contains(&format!("\"{code}\"")), "no dead letter has the code `{code}`");
+    }
+}
+
 /// The documents' tables about failures are generated: `UPDATE_DOCS=1 cargo test -p throughline-tests --test tidy`
 /// writes them.
 #[test]

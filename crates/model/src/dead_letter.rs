@@ -5,6 +5,10 @@
 //! belongs to the first request that selects it, and that follows from the requests alone; so the stage that
 //! carries them out and the command that lists letters cannot disagree.
 
+mod codes;
+
+pub use codes::{CODES, code_fault};
+
 use crate::catalog::{parse_dlt, parse_parking};
 use crate::codec::{Codec, CodecError, framed_id};
 use crate::envelope::{DeadLetterProgress, DeadLetterRequest, Enveloped, IDENTITY_NONE, ProgressRange};
@@ -17,6 +21,11 @@ use uuid::Uuid;
 
 /// The stage that carries out requests; also its consumer group.
 pub const STAGE: &str = "reprocess_dead_letters";
+
+/// Returns who asks where a policy of the catalog does, so that a request tells.
+pub fn policy_name(letters: &str, code: &str) -> String {
+    format!("policy {letters}/{code}")
+}
 
 /// Names of headers.
 pub mod header {
@@ -155,6 +164,7 @@ impl DeadLetterProgress {
             rate_per_second: request.rate_per_second,
             requested_by: request.requested_by.clone(),
             justification: request.justification.clone(),
+            replays_below: request.replays_below,
             status: status::ACCEPTED.to_owned(),
             ..Self::derived_from(request, STAGE, "progress")
         }
@@ -197,6 +207,7 @@ impl DeadLetterProgress {
             && self.schema_id.is_none_or(|id| letter.schema_id.map(i64::from) == Some(id))
             && self.since.is_none_or(|since| letter.time >= since)
             && self.until.is_none_or(|until| letter.time < until)
+            && self.replays_below.is_none_or(|bound| i64::from(letter.replays) < bound)
     }
 
     /// Says whether the letter's position was looked at already.
@@ -333,6 +344,7 @@ mod tests {
         let schema = DeadLetterProgress { schema_id: Some(8), ..all.clone() };
         let time =
             DeadLetterProgress { since: Some(Timestamp(2)), until: Some(Timestamp(5)), ..code.clone() };
+        let fresh = DeadLetterProgress { replays_below: Some(1), ..all.clone() };
         for (request, letter, expected) in [
             (&all, letter(0, ""), true),
             (&code, letter(0, "bad"), true),
@@ -343,6 +355,8 @@ mod tests {
             (&time, letter(2, "bad"), true),
             (&time, letter(5, "bad"), false),
             (&time, letter(1, "bad"), false),
+            (&fresh, letter(1, "bad"), true),
+            (&fresh, Letter { replays: 1, ..letter(1, "bad") }, false),
         ] {
             assert_eq!(request.selects(&letter), expected, "{request:?} {letter:?}");
         }

@@ -146,6 +146,21 @@ fn a_mistake_in_a_topic_file_names_place_and_remedy() {
         ),
         (
             "retention = \"7d\"",
+            "retention = \"7d\"\n[[replay]]\ncode = \"unknown_shema\"\nafter = \"10m\"",
+            "10:8: no dead letter has the code `unknown_shema`; did you mean `unknown_schema`?",
+        ),
+        (
+            "retention = \"7d\"",
+            "retention = \"7d\"\n[[replay]]\ncode = \"unknown_schema\"\nafter = \"1s\"\ntimes = 10",
+            "11:9: `after` is 15 seconds to 30 days",
+        ),
+        (
+            "retention = \"7d\"",
+            "retention = \"7d\"\n[[replay]]\ncode = \"unknown_schema\"\naftr = \"10m\"",
+            "11:1: unknown key `aftr`; did you mean `after`?",
+        ),
+        (
+            "retention = \"7d\"",
             "retention = \"7d\"\nconfig = { \"retention.ms\" = \"5\" }",
             "write `retention`",
         ),
@@ -153,6 +168,25 @@ fn a_mistake_in_a_topic_file_names_place_and_remedy() {
         let found = faults_of(find, replace);
         assert!(found.contains(expected), "{replace}: {found}");
     }
+}
+
+#[test]
+fn a_policy_of_replays_is_about_the_stages_that_read_its_topic() {
+    let policies = |replay: &str| {
+        let text = TOPIC.replace("device.sample.v1", "device.telemetry.v1") + replay;
+        Catalog::with_extra(&[("device.telemetry.v1.toml", text.as_str())], &[])
+            .expect("sound")
+            .replay_policies(&stages())
+    };
+    assert_eq!(Catalog::embedded().replay_policies(&stages()), Ok(Vec::new()), "none comes with the build");
+    let found = policies("[[replay]]\ncode = \"unknown_schema\"\nafter = \"10m\"\n").expect("sound");
+    let letters: Vec<&str> = found.iter().map(|policy| policy.letters.as_str()).collect();
+    assert_eq!(letters, ["device.telemetry.v1.evaluate_rules-dlt", "device.telemetry.v1.update_twin-dlt"]);
+    assert_eq!((found[0].after, found[0].times, found[0].rate), (Duration::from_secs(600), 1, 1_000));
+    let slip = "[[replay]]\nstage = \"update_twn\"\ncode = \"unknown_schema\"\nafter = \"10m\"\n";
+    let faults = policies(slip).expect_err("no such stage");
+    let expected = "device.telemetry.v1.toml:10:9: `update_twn` does not read `device.telemetry.v1`; did you mean `update_twin`?";
+    assert!(faults[0].to_string().starts_with(expected), "{}", faults[0]);
 }
 
 #[test]

@@ -3,12 +3,14 @@
 use crate::config::Config;
 use crate::failure::CliError;
 use crate::output;
+use crate::roles::stage_specs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_kafka::{GroupProtocol, KafkaConfig, RegistryClient, RegistryConfig};
-use throughline_model::catalog::{Catalog, value_subject};
+use throughline_model::catalog::{Catalog, ReplayPolicy, value_subject};
 use throughline_model::codec::Codec;
+use throughline_model::strict_toml::FileError;
 use throughline_runtime::Shutdown;
 use throughline_runtime::ports::Failure;
 use throughline_telemetry::Health;
@@ -23,6 +25,8 @@ pub struct Context {
     pub config: Arc<Config>,
     /// The topics.
     pub catalog: Arc<Catalog>,
+    /// What is replayed without a person.
+    pub replay_policies: Arc<Vec<ReplayPolicy>>,
     /// The schemas, bound by [`bind_schemas`].
     pub codec: Arc<Codec>,
     /// The process's health.
@@ -38,9 +42,11 @@ impl Context {
     /// A usage error with file and line.
     pub fn new(config: Config) -> Result<Self, CliError> {
         let catalog = load_catalog(config.topics.dir.as_deref())?;
+        let replay_policies = catalog.replay_policies(&stage_specs()).map_err(usage)?;
         Ok(Self {
             config: Arc::new(config),
             catalog: Arc::new(catalog),
+            replay_policies: Arc::new(replay_policies),
             codec: Arc::new(Codec::default()),
             health: Health::new(),
             shutdown: Shutdown::new(),
@@ -123,10 +129,12 @@ pub fn load_catalog(dir: Option<&Path>) -> Result<Catalog, CliError> {
         Some(dir) => (read_files(dir, "toml")?, read_files(dir, "avsc")?),
         None => (Vec::new(), Vec::new()),
     };
-    Catalog::with_extra(&topics, &schemas).map_err(|faults| {
-        let lines: Vec<String> = faults.iter().map(ToString::to_string).collect();
-        CliError::usage(lines.join("\n"))
-    })
+    Catalog::with_extra(&topics, &schemas).map_err(usage)
+}
+
+fn usage(faults: Vec<FileError>) -> CliError {
+    let lines: Vec<String> = faults.iter().map(ToString::to_string).collect();
+    CliError::usage(lines.join("\n"))
 }
 
 fn read_files(dir: &Path, extension: &str) -> Result<Vec<(String, String)>, CliError> {

@@ -11,6 +11,7 @@ mod output;
 mod predict;
 mod process;
 mod records;
+mod replay_policies;
 mod roles;
 mod simulation;
 mod watch;

@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::context::Context;
 use crate::failure::CliError;
 use crate::predict::{self, Prediction};
+use crate::replay_policies;
 use crate::watch;
 use crate::webhook::Webhook;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -209,7 +210,7 @@ fn reprocess(context: &Context, health: RoleHealth) -> Result<(), CliError> {
         poll_wait: Duration::from_millis(50),
         ..loop_config(context)
     };
-    decide_with(context, health, stage, config)
+    replay_policies::beside(context, &health.clone(), || decide_with(context, health, stage, config))
 }
 
 fn decide_with<D: Decide>(

@@ -3,6 +3,7 @@
 use super::expression;
 use super::feed::{Decoder, FeedSpec};
 use super::options;
+use super::replay;
 use super::spec::{Cleanup, Key, PARTITIONS_MAX, TopicSpec};
 use crate::strict_toml::{FileError, suggestion};
 
@@ -118,6 +119,9 @@ pub(super) fn topic(file: &File<'_>) -> Vec<FileError> {
     }
     for index in 0..spec.feeds.len() {
         feed(file, index, &mut faults);
+    }
+    for (index, key, what) in replay::check(spec) {
+        faults.push(file.fault(&["replay", &index.to_string(), key], what));
     }
     faults
 }

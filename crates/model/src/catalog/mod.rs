@@ -9,6 +9,7 @@ pub mod filter;
 pub mod name;
 mod options;
 pub mod plan;
+pub mod replay;
 pub mod schema;
 pub mod spec;
 pub mod strimzi;
@@ -23,6 +24,7 @@ pub use name::{
     parse_replay, replay_topic, retry_topic, value_subject,
 };
 pub use plan::{Change, Observed, ObservedSchema, ObservedTopic, Plan, Refusal, plan};
+pub use replay::{ReplayPolicy, ReplaySpec};
 pub use spec::{Cleanup, Key, Retention, TopicSpec};
 
 use crate::strict_toml::{FileError, parse, suggestion};
@@ -56,7 +58,10 @@ impl Catalog {
         let mut specs: Vec<(&str, &str, TopicSpec)> = Vec::new();
         for (file, text) in &files {
             match parse::<TopicSpec>(file, text) {
-                Ok(spec) => specs.push((file, text, spec)),
+                Ok(mut spec) => {
+                    place_replays(file, text, &mut spec);
+                    specs.push((file, text, spec));
+                }
                 Err(fault) => faults.push(fault),
             }
         }
@@ -120,6 +125,14 @@ impl Catalog {
             a.filter.by_specificity(&b.filter).then(a.when.is_none().cmp(&b.when.is_none()))
         });
         feeds
+    }
+}
+
+/// Notes where each policy names its stage, or where it begins.
+fn place_replays(file: &str, text: &str, spec: &mut TopicSpec) {
+    for (index, replay) in spec.replays.iter_mut().enumerate() {
+        let fault = FileError::under(file, text, &["replay", &index.to_string(), "stage"], "");
+        replay.place = (fault.line, fault.column);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::feed::FeedSpec;
 use super::name::TopicName;
+use super::replay::ReplaySpec;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -37,6 +38,9 @@ pub struct TopicSpec {
     /// The ways into the topic.
     #[serde(default, rename = "feed")]
     pub feeds: Vec<FeedSpec>,
+    /// When dead letters of what reads the topic are replayed without a person.
+    #[serde(default, rename = "replay")]
+    pub replays: Vec<ReplaySpec>,
 }
 
 /// The most partitions that a topic may have: enough for 1,000 consumers, and far below what makes a

@@ -58,6 +58,9 @@ record! {
         /// Why; a drop needs it.
         #[serde(default)]
         justification: Option<String>,
+        /// Only letters that were replayed less often than this.
+        #[serde(default)]
+        replays_below: Option<i64>,
     }
 }
 
@@ -109,5 +112,8 @@ record! {
         /// When it ended, µs UTC.
         #[serde(default)]
         done_at: Option<Timestamp>,
+        /// As in the request.
+        #[serde(default)]
+        replays_below: Option<i64>,
     }
 }

@@ -5,7 +5,7 @@ use super::expression::{Expression, ExpressionError, Names};
 use crate::envelope::Measurement;
 use crate::strict_toml::{self, FileError};
 use crate::topics;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -106,6 +106,12 @@ pub enum Argument {
 /// A duration in a file: seconds as a number, or text such as `"30s"`, `"5m"`, `"2h"`, `"1d"`, `"250ms"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span(pub Duration);
+
+impl Serialize for Span {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        self.0.as_secs_f64().serialize(to)
+    }
+}
 
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {

@@ -18,7 +18,7 @@ mod state;
 mod tests;
 
 pub use definition::{
-    CommandAction, LATENESS_DEFAULT, Rule, RuleDefinition, SEVERITIES, SiteScope, forward_topics,
+    CommandAction, LATENESS_DEFAULT, Rule, RuleDefinition, SEVERITIES, SiteScope, Span, forward_topics,
 };
 pub use evaluate::{Evaluator, Facts, MeasurementRef, Step, StepKind};
 pub use expression::{EXPRESSION_BYTES_MAX, Expression, ExpressionError, Names};

@@ -7,4 +7,5 @@ mod decide;
 mod exactly_once;
 mod incarnation;
 mod load;
+mod replay_policies;
 mod reprocess;

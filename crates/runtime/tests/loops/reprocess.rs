@@ -18,12 +18,12 @@ use throughline_testkit::{
     MemoryTransactions,
 };
 
-const LETTERS: &str = "device.thing.v1.count_things-dlt";
+pub const LETTERS: &str = "device.thing.v1.count_things-dlt";
 const REPLAYS: &str = "device.thing.v1.count_things-replay";
 const PARKING: &str = "device.thing.v1.count_things-parking";
 const REPLAYS_MAX: u32 = 3;
 
-type Loop = DecideLoop<
+pub type Loop = DecideLoop<
     ReprocessDeadLetters<MemoryStretches>,
     MemorySource,
     MemoryTransactions,
@@ -31,14 +31,14 @@ type Loop = DecideLoop<
     MemorySchemas,
 >;
 
-struct World {
-    clock: FakeClock,
-    cluster: MemoryCluster,
-    codec: Arc<Codec>,
+pub struct World {
+    pub clock: FakeClock,
+    pub cluster: MemoryCluster,
+    pub codec: Arc<Codec>,
 }
 
 impl World {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let clock = FakeClock::default();
         let cluster = MemoryCluster::new(clock.clone());
         for topic in [LETTERS, REPLAYS, PARKING, REQUESTS, PROGRESS, &*replays_of_requests()] {
@@ -47,7 +47,7 @@ impl World {
         Self { clock, cluster, codec: throughline_testkit::codec() }
     }
 
-    fn start(&self) -> Loop {
+    pub fn start(&self) -> Loop {
         let replays = replays_of_requests();
         let source = MemorySource::join(&self.cluster, STAGE, &[REQUESTS, &replays], 3);
         let ports = DecidePorts {
@@ -65,7 +65,7 @@ impl World {
         DecideLoop::new(stage, ports, config, Health::new().role(STAGE))
     }
 
-    fn letter(&self, name: &str, code: &str, replays: u32) {
+    pub fn letter(&self, name: &str, code: &str, replays: u32) {
         self.clock.advance(Duration::from_millis(10));
         let count = replays.to_string();
         let count = (replays > 0).then_some((header::REPLAY_COUNT, count.as_bytes()));
@@ -80,14 +80,14 @@ impl World {
         }
     }
 
-    fn ask(&self, request: &DeadLetterRequest) {
+    pub fn ask(&self, request: &DeadLetterRequest) {
         self.clock.advance(Duration::from_millis(10));
         let mut value = Vec::new();
         self.codec.encode(REQUESTS, request, &mut value).unwrap();
         self.cluster.append_keyed(REQUESTS, request.request_id.as_deref().unwrap(), &value);
     }
 
-    fn progress(&self, id: &str) -> Option<DeadLetterProgress> {
+    pub fn progress(&self, id: &str) -> Option<DeadLetterProgress> {
         let table = self.cluster.table(PROGRESS, 0);
         table.get(id).map(|value| self.codec.decode(Some(value)).unwrap())
     }
@@ -96,7 +96,7 @@ impl World {
         ids.iter().all(|id| self.progress(id).is_some_and(|progress| !progress.is_open()))
     }
 
-    fn replayed(&self) -> Vec<String> {
+    pub fn replayed(&self) -> Vec<String> {
         self.cluster.records(REPLAYS).iter().map(Committed::value_text).collect()
     }
 
@@ -109,7 +109,7 @@ impl World {
         drive_until(self.start(), start, |p| p.turn(), || self.has_ended(ids), random, kill_one_in);
     }
 
-    fn settle(&self, ids: &[&str]) {
+    pub fn settle(&self, ids: &[&str]) {
         self.run(ids, &mut Random(0), None);
     }
 }
@@ -118,7 +118,7 @@ fn replays_of_requests() -> String {
     throughline_model::catalog::replay_topic(REQUESTS, STAGE)
 }
 
-fn request(id: &str, action: Action) -> DeadLetterRequest {
+pub fn request(id: &str, action: Action) -> DeadLetterRequest {
     DeadLetterRequest {
         message_id: "0193f2a4-7c1e-8000-90ab-0123456789ab".to_owned(),
         request_id: Some(id.to_owned()),
@@ -130,7 +130,7 @@ fn request(id: &str, action: Action) -> DeadLetterRequest {
     }
 }
 
-fn coded(id: &str, action: Action, code: &str) -> DeadLetterRequest {
+pub fn coded(id: &str, action: Action, code: &str) -> DeadLetterRequest {
     DeadLetterRequest { code: Some(code.to_owned()), ..request(id, action) }
 }
 

@@ -98,7 +98,7 @@ fn left(progress: &DeadLetterProgress) -> i64 {
 /// Returns a request with its progress as JSON.
 pub fn to_json(p: &DeadLetterProgress) -> Value {
     json!({"id": p.request_id, "at": p.received_at.to_string(), "action": p.action, "topic": p.topic,
-           "code": p.code, "schema_id": p.schema_id, "status": p.status, "replayed": p.replayed,
+           "code": p.code, "schema_id": p.schema_id, "replays_below": p.replays_below, "status": p.status, "replayed": p.replayed,
            "dropped": p.dropped, "parked": p.parked, "skipped": p.skipped, "left": left(p), "again": p.again,
            "rate_per_second": p.rate_per_second, "requested_by": p.requested_by,
            "justification": p.justification, "error": p.error,
