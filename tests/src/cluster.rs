@@ -7,7 +7,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use throughline_kafka::KafkaConfig;
+use throughline_kafka::{KafkaConfig, RegistryClient, RegistryConfig};
 use throughline_local::kafka::{KafkaCluster, KafkaOptions};
 use throughline_local::ports;
 use throughline_local::registry::EmbeddedRegistry;
@@ -349,6 +349,20 @@ impl Cluster {
         self.directory.path()
     }
 
+    /// Returns the metrics of the first process of a role.
+    ///
+    /// # Panics
+    /// When there is no such role or it does not answer.
+    pub fn metrics(&self, name: &str) -> String {
+        let role = self.roles.iter().find(|role| role.name == name).expect("the role runs");
+        get(role.http, "/metrics").expect("it serves its metrics")
+    }
+
+    /// Returns a client of the registry.
+    pub fn registry(&self) -> RegistryClient {
+        RegistryClient::new(&RegistryConfig { url: self.registry_url.clone(), authorization: None })
+    }
+
     /// Leaves the directory of Kafka's data and of the logs for a person, and returns it.
     pub fn keep_scratch(&mut self) -> PathBuf {
         self.directory.disable_cleanup(true);
@@ -386,12 +400,16 @@ impl Drop for Cluster {
 
 /// Asks a role for `/v1/status`, without its partitions.
 fn status(port: u16) -> std::io::Result<String> {
+    Ok(get(port, "/v1/status")?.chars().take(6_000).collect())
+}
+
+fn get(port: u16, path: &str) -> std::io::Result<String> {
     use std::io::{Read, Write};
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    stream.write_all(b"GET /v1/status HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let body = answer.split_once("\r\n\r\n").map_or(answer.as_str(), |(_, body)| body);
-    Ok(body.chars().take(6_000).collect())
+    Ok(body.to_owned())
 }

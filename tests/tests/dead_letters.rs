@@ -1,14 +1,26 @@
 //! Dead letters as an operator meets them: a wrong feed makes them, a dry run shows that its correction would
 //! help, the replay takes effect once although the role that carries it out is killed in the middle, and a
-//! second replay changes nothing; all that while traffic flows.
+//! second replay changes nothing; all that while traffic flows. Beside it a foreign program writes under a schema
+//! that the registry does not know yet, and what mends that is shown, replayed by hand and by a policy.
 
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use throughline_kafka::{AckedProducer, KafkaConfig};
+use throughline_model::catalog::{Catalog, value_subject};
+use throughline_model::codec::Codec;
+use throughline_model::envelope::{DeviceMessage, Measurement};
+use throughline_model::ids::derived_message_id;
+use throughline_model::record::Outbox;
+use throughline_model::topics::DEVICE_TELEMETRY_V1;
+use throughline_runtime::ports::Outlet;
+use throughline_runtime::{Clock, WallClock};
 use throughline_tests::cluster::{Cluster, ROLES};
 use throughline_tests::{Load, published, root, said, sqlite, succeed, wait_for};
+use uuid::Uuid;
 
 /// Bounded generously: the machine may be busy.
 const SOON: Duration = Duration::from_secs(90);
@@ -22,7 +34,8 @@ fn write_feed(directory: &Path, epoch: &str, seq: &str) {
     let feed = format!(
         "\n[[feed]]\nname = \"meter\"\nfilter = \"meter/{{site}}/{{device}}\"\ndecoder = \"json\"\n\
          site = \"capture.site\"\nepoch = \"payload.{epoch}\"\nseq = \"payload.{seq}\"\n\
-         exclude = [\"boot\", \"count\"]\n"
+         exclude = [\"boot\", \"count\"]\n\n\
+         [[replay]]\nstage = \"update_twin\"\ncode = \"unknown_schema\"\nafter = \"45s\"\n"
     );
     std::fs::write(directory.join(file), text + &feed).expect("the scratch directory is writable");
 }
@@ -46,7 +59,11 @@ fn done(cluster: &Cluster, args: &[&str]) -> Value {
 
 /// Returns how many letters of a code have a fate.
 fn letters(cluster: &Cluster, code: &str, fate: &str) -> i64 {
-    let listed = done(cluster, &["dlq", "list", "--topic", LETTERS, "--code", code]);
+    letters_in(cluster, LETTERS, code, fate)
+}
+
+fn letters_in(cluster: &Cluster, topic: &str, code: &str, fate: &str) -> i64 {
+    let listed = done(cluster, &["dlq", "list", "--topic", topic, "--code", code]);
     let causes = listed["causes"].as_array().expect("a list");
     causes.iter().map(|cause| cause["fates"][fate].as_i64().expect("a count")).sum()
 }
@@ -74,6 +91,169 @@ fn records_of_meter(cluster: &Cluster) -> usize {
     succeed("kcat", &args).lines().filter(|key| *key == "depot/meter-1").count()
 }
 
+/// A program that is not ours: it writes readings under a newer schema before anybody registered it.
+struct Foreign {
+    id: u32,
+    schema: String,
+}
+
+const FOREIGN: i64 = 20;
+const OF_READINGS: &str = "device.telemetry.v1.bridge_data-dlt";
+const OF_RULES: &str = "device.telemetry.v1.evaluate_rules-dlt";
+const OF_TWINS: &str = "device.telemetry.v1.update_twin-dlt";
+
+impl Foreign {
+    /// Writes its readings, `flow` from 0 on, with the id that the registry will give next.
+    fn write(cluster: &Cluster) -> Self {
+        let registry = cluster.registry();
+        let is_taken = |id: &u32| registry.schema(*id).expect("the registry answers").is_some();
+        let id = (1..).find(|id| !is_taken(id)).expect("an id is free");
+        let catalog = Catalog::embedded();
+        let schema = &catalog.topic(DEVICE_TELEMETRY_V1).expect("it is in the catalog").schema;
+        let codec = Codec::default();
+        codec.bind(DEVICE_TELEMETRY_V1, id, schema).expect("the schema reads");
+        let mut outbox = Outbox::default();
+        for seq in 0..FOREIGN {
+            let mut value = Vec::new();
+            codec.encode(DEVICE_TELEMETRY_V1, &reading(seq), &mut value).expect("it fits");
+            value.push(0); // The new field is null, the first branch of its union.
+            outbox.push(&DEVICE_TELEMETRY_V1.into(), None, Some(b"depot/foreign-1"), Some(&value), []);
+        }
+        let mut producer = AckedProducer::new(&KafkaConfig::new(cluster.kafka.bootstrap()));
+        producer.send_all(&outbox).expect("Kafka takes them");
+        let mut newer: Value = serde_json::from_str(schema).expect("JSON");
+        let field = serde_json::json!({"name": "firmware", "type": ["null", "string"], "default": null});
+        newer["fields"].as_array_mut().expect("fields").push(field);
+        Self { id, schema: newer.to_string() }
+    }
+
+    /// Registers the schema that it writes under.
+    fn register(&self, cluster: &Cluster) {
+        let subject = value_subject(DEVICE_TELEMETRY_V1);
+        let id = cluster.registry().register(&subject, &self.schema).expect("the registry takes it");
+        assert_eq!(id, self.id);
+    }
+}
+
+fn reading(seq: i64) -> DeviceMessage {
+    let now = WallClock.now();
+    DeviceMessage {
+        message_id: derived_message_id(Uuid::max(), "foreign", &seq.to_string()).to_string(),
+        trace_id: "4bf92f3577b34da6a3ce929d0e0e4736".to_owned(),
+        identity: "sequence".to_owned(),
+        site_id: "depot".to_owned(),
+        device_id: "foreign-1".to_owned(),
+        received_by: "foreign".to_owned(),
+        stream: "telemetry".to_owned(),
+        epoch: Some(1),
+        seq: Some(seq),
+        occurred_at: now,
+        received_at: now,
+        measurements: vec![Measurement {
+            name: "flow".to_owned(),
+            number: Some(seq as f64),
+            ..Measurement::default()
+        }],
+        ..DeviceMessage::default()
+    }
+}
+
+/// Puts a rule in force whose alert is raised above a flow.
+fn apply_rule(cluster: &Cluster, flow: i64) {
+    let file = cluster.scratch().join("flow-high.toml");
+    let rule = format!(
+        "id = \"flow-high\"\nsummary = \"The flow is high.\"\nseverity = \"warning\"\nwhen = \"flow > {flow}\"\n"
+    );
+    std::fs::write(&file, rule).expect("the scratch directory is writable");
+    let applied = cluster.command(&["rules", "apply", &file.display().to_string()]);
+    assert!(applied.status.success(), "{}", said(&applied));
+}
+
+/// Returns what a dry run says of the letters of an unknown schema: outcome and count.
+fn predicted(cluster: &Cluster, topic: &str, more: &[&str]) -> BTreeMap<String, usize> {
+    let replay = ["dlq", "replay", "--topic", topic, "--code", "unknown_schema"];
+    let planned = done(cluster, &[&replay[..], more].concat());
+    let mut outcomes = BTreeMap::new();
+    for effect in planned["topics"][0]["effects"].as_array().expect("effects") {
+        let now = effect["now"]["outcome"].as_str().expect("an outcome");
+        *outcomes.entry(now.to_owned()).or_default() += 1;
+    }
+    outcomes
+}
+
+fn replayed(cluster: &Cluster, topic: &str, more: &[&str]) -> i64 {
+    let replay = ["dlq", "replay", "--topic", topic, "--code", "unknown_schema", "--yes"];
+    let asked = done(cluster, &[&replay[..], more].concat());
+    let requests = asked["requests"].as_array().expect("requests");
+    requests.iter().map(|request| request["replayed"].as_i64().expect("a count")).sum()
+}
+
+/// A wrong schema and a wrong rule: what a dry run says follows each correction, and a replay takes effect once.
+fn a_schema_and_a_rule_are_mended(cluster: &Cluster, foreign: &Foreign) {
+    let all = |outcome: &str| BTreeMap::from([(outcome.to_owned(), FOREIGN as usize)]);
+    for topic in [OF_READINGS, OF_RULES, OF_TWINS] {
+        wait_for(topic, SOON, || {
+            (letters_in(cluster, topic, "unknown_schema", "open") == FOREIGN).then_some(())
+        });
+    }
+    assert_eq!(predicted(cluster, OF_READINGS, &[]), all("dead_lettered"), "the schema is still unknown");
+    foreign.register(cluster);
+    assert_eq!(predicted(cluster, OF_READINGS, &[]), all("emitted"));
+
+    assert_eq!(predicted(cluster, OF_RULES, &[]), all("filtered"), "the rule is still wrong");
+    apply_rule(cluster, 10);
+    assert_eq!(predicted(cluster, OF_RULES, &[])["emitted"], 1, "one reading raises the alert");
+
+    for topic in [OF_READINGS, OF_RULES] {
+        assert_eq!(replayed(cluster, topic, &[]), FOREIGN, "{topic}");
+        assert_eq!(replayed(cluster, topic, &[]), 0, "a second replay finds nothing");
+    }
+    wait_for("the readings", SOON, || (foreign_rows(cluster)[..2] == [FOREIGN, FOREIGN]).then_some(()));
+    wait_for("the alert", SOON, || (foreign_rows(cluster)[2..] == [1, 2]).then_some(()));
+    // Where a second one is insisted on, nothing comes of it: at the end of the test neither.
+    assert_eq!(predicted(cluster, OF_READINGS, &["--again"]), all("duplicate"));
+    for topic in [OF_READINGS, OF_RULES] {
+        assert_eq!(replayed(cluster, topic, &["--again"]), FOREIGN, "{topic}");
+    }
+}
+
+/// Returns rows and distinct readings of the foreign device, its alerts, and the version of their rule.
+fn foreign_rows(cluster: &Cluster) -> Vec<i64> {
+    let query = "SELECT * FROM (SELECT count(*), count(DISTINCT seq) FROM reading WHERE device_id = 'foreign-1'), \
+                 (SELECT count(*), coalesce(max(rule_version), 0) FROM alert WHERE device_id = 'foreign-1')";
+    rows(cluster, query)
+}
+
+/// The letters of `update_twin` were replayed without anybody asking.
+fn a_policy_replays_once(cluster: &Cluster) {
+    let by = format!("policy {OF_TWINS}/unknown_schema");
+    let of_policy = || {
+        let listed = done(cluster, &["dlq", "requests"]);
+        let requests = listed["requests"].as_array().expect("a list").clone();
+        requests.into_iter().filter(|request| request["requested_by"] == by.as_str()).collect::<Vec<_>>()
+    };
+    let asked = wait_for("the policy's replay", SOON, || {
+        Some(of_policy()).filter(|asked| asked.first().is_some_and(|request| request["status"] == "done"))
+    });
+    assert_eq!((asked.len(), &asked[0]["replayed"]), (1, &FOREIGN.into()), "{asked:?}");
+    let query = "SELECT count(*) FROM twin WHERE device_id = 'foreign-1' AND document LIKE '%flow%'";
+    wait_for("the twin", SOON, || (rows(cluster, query) == [1]).then_some(()));
+}
+
+/// The warning that comes before retention takes what a group has not read.
+fn headroom_is_shown(cluster: &Cluster) {
+    let metrics = cluster.metrics("watch");
+    let is_ours = |line: &&str| {
+        line.starts_with("retention_headroom_seconds{")
+            && line.contains("group=\"bridge_data\"")
+            && line.contains("topic=\"device.telemetry.v1\"")
+    };
+    let line =
+        metrics.lines().find(is_ours).unwrap_or_else(|| panic!("no headroom of bridge_data:\n{metrics}"));
+    let seconds: f64 = line.rsplit(' ').next().and_then(|n| n.parse().ok()).expect("a number");
+    assert!((600_000.0..=604_800.0).contains(&seconds), "7 days but for the lag: {line}");
+}
+
 #[test]
 fn letters_of_a_wrong_feed_are_mended_by_one_replay_that_survives_its_kills() {
     let feeds = tempfile::tempdir().expect("a temporary directory can be made");
@@ -81,6 +261,8 @@ fn letters_of_a_wrong_feed_are_mended_by_one_replay_that_survives_its_kills() {
     let directory = feeds.path().display().to_string();
     let mut cluster = Cluster::start_with(None, &[("THROUGHLINE_TOPICS__DIR", &directory)]);
     cluster.wait_for_bridge();
+    apply_rule(&cluster, 500);
+    let foreign = Foreign::write(&cluster);
     let load = Load::new(41, 12_000, 200);
     let traffic = load.publish(&cluster.mqtt_port(), 200, cluster.scratch().join("publish.log"));
 
@@ -107,6 +289,8 @@ fn letters_of_a_wrong_feed_are_mended_by_one_replay_that_survives_its_kills() {
         (REFUSED, 0),
         "nothing was done"
     );
+    a_schema_and_a_rule_are_mended(&cluster, &foreign);
+
     let bridge = ROLES.iter().position(|role| *role == "bridge").expect("a role");
     cluster.kill_and_restart(bridge);
     cluster.wait_for_bridge();
@@ -163,4 +347,7 @@ fn letters_of_a_wrong_feed_are_mended_by_one_replay_that_survives_its_kills() {
     let arrived = || (rows(&cluster, query)[0] >= expected).then_some(());
     wait_for("the rows of the traffic", Duration::from_secs(240), arrived);
     assert_eq!(rows(&cluster, query), [expected, expected]);
+    a_policy_replays_once(&cluster);
+    assert_eq!(foreign_rows(&cluster), [FOREIGN, FOREIGN, 1, 2], "no replay had a second effect");
+    headroom_is_shown(&cluster);
 }

@@ -376,7 +376,7 @@ where
             if !self.schemas.backoff.is_due(now) {
                 return Ok(false);
             }
-            if let Err(failure) = self.schemas.resolve(&batch, now) {
+            if let Err(failure) = self.schemas.resolve(&batch, lane.replayed, now) {
                 let at = At { stage: self.spec.group, kind: self.spec.kind, step: Step::Schema };
                 let failure = policy::only(at, failure, Response::Pause)?;
                 self.signals.failed(&failure);
