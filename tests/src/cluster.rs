@@ -324,11 +324,6 @@ impl Cluster {
         });
     }
 
-    /// Returns the registry's address.
-    pub fn registry(&self) -> &str {
-        &self.registry_url
-    }
-
     /// Returns the port of the bridge.
     pub fn mqtt_port(&self) -> String {
         self.mqtt_port.to_string()
@@ -359,7 +354,7 @@ impl Cluster {
     }
 
     /// Returns a client of the registry.
-    pub fn registry(&self) -> RegistryClient {
+    pub fn registry_client(&self) -> RegistryClient {
         RegistryClient::new(&RegistryConfig { url: self.registry_url.clone(), authorization: None })
     }
 

@@ -105,7 +105,7 @@ const OF_TWINS: &str = "device.telemetry.v1.update_twin-dlt";
 impl Foreign {
     /// Writes its readings, `flow` from 0 on, with the id that the registry will give next.
     fn write(cluster: &Cluster) -> Self {
-        let registry = cluster.registry();
+        let registry = cluster.registry_client();
         let is_taken = |id: &u32| registry.schema(*id).expect("the registry answers").is_some();
         let id = (1..).find(|id| !is_taken(id)).expect("an id is free");
         let catalog = Catalog::embedded();
@@ -130,7 +130,7 @@ impl Foreign {
     /// Registers the schema that it writes under.
     fn register(&self, cluster: &Cluster) {
         let subject = value_subject(DEVICE_TELEMETRY_V1);
-        let id = cluster.registry().register(&subject, &self.schema).expect("the registry takes it");
+        let id = cluster.registry_client().register(&subject, &self.schema).expect("the registry takes it");
         assert_eq!(id, self.id);
     }
 }

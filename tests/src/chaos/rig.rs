@@ -72,6 +72,7 @@ impl Rig {
         let mut load = Load::new(plan.seed(), RATE * plan.time().as_secs() * 9 / 10, 400);
         load.deadline = plan.time() * 2 + Duration::from_secs(240);
         load.mix = true;
+        load.begin_now();
         let rate = (RATE * 111 / 100) as u32;
         let publisher = load.publish(&cluster.mqtt_port(), rate, cluster.scratch().join("publish.log"));
         let poisoner = poison(&cluster, &load, plan);

@@ -142,7 +142,7 @@ fn two_batches_of_which_the_first_is_refused(
     let fates: Arc<Mutex<BTreeMap<u64, Fate>>> = Arc::default();
     let book = Arc::clone(&fates);
     let ingress = IngressProducer::start(&config, &IngressConfig::default(), move |token, fate| {
-        assert!(book.lock().unwrap().insert(token, fate).is_none(), "one report a token");
+        assert!(book.lock().expect("no report panics").insert(token, fate).is_none(), "one report a token");
     })
     .expect("starts");
     for token in 1..=2 {
@@ -151,7 +151,7 @@ fn two_batches_of_which_the_first_is_refused(
         let record = Outgoing { topic: "t", partition: None, key, value: Some(value.as_bytes()), headers };
         ingress.send(record, token).expect("taken");
     }
-    wait_for("both reports", || (fates.lock().unwrap().len() == 2).then_some(()));
+    wait_for("both reports", || (fates.lock().expect("no report panics").len() == 2).then_some(()));
     let mut held = Vec::new();
     let stop = Stop::AtEnd { within: DEADLINE };
     browse(&config, "t", &[], Begin::Earliest, stop, &mut |batch| {
@@ -159,7 +159,7 @@ fn two_batches_of_which_the_first_is_refused(
         ControlFlow::Continue(())
     })
     .expect("reads");
-    let fates = fates.lock().unwrap().clone();
+    let fates = fates.lock().expect("no report panics").clone();
     (fates, held)
 }
 
