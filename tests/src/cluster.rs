@@ -74,9 +74,7 @@ impl Cluster {
     /// As [`Cluster::start`].
     pub fn start_with(database: Option<&str>, settings: &[(&str, &str)]) -> Self {
         let mut cluster = Self::without_roles(database, settings);
-        for name in ROLES {
-            cluster.add(name, "0");
-        }
+        cluster.add_roles();
         cluster
     }
 
@@ -90,7 +88,7 @@ impl Cluster {
         Self::start_on(directory, (&options, 1), database, settings)
     }
 
-    /// As [`Cluster::start_with`], on so many brokers with these options, everything in `directory`.
+    /// As [`Cluster::without_roles`], on so many brokers with these options, everything in `directory`.
     ///
     /// # Panics
     /// As [`Cluster::start`].
@@ -124,6 +122,13 @@ impl Cluster {
         let applied = cluster.command(&["topics", "apply"]);
         assert!(applied.status.success(), "topics apply: {}", said(&applied));
         cluster
+    }
+
+    /// Starts one instance of every role.
+    pub fn add_roles(&mut self) {
+        for name in ROLES {
+            self.add(name, "0");
+        }
     }
 
     /// Starts a further instance of a role.

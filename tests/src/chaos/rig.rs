@@ -63,7 +63,8 @@ impl Rig {
         let url = database.as_ref().map(ManagedPostgres::url);
         let settings = plan.settings(directory.path());
         let settings: Vec<_> = settings.iter().map(|(name, value)| (&**name, &**value)).collect();
-        let cluster = Cluster::start_on(directory, (&options, nodes), url.as_deref(), &settings);
+        let mut cluster = Cluster::start_on(directory, (&options, nodes), url.as_deref(), &settings);
+        cluster.add_roles();
         let rule = root().join("demo/rules/demo-overheat.toml").display().to_string();
         let applied = cluster.command(&["rules", "apply", &rule]);
         assert!(applied.status.success(), "{}", said(&applied));
