@@ -150,18 +150,39 @@ pub trait Act: Send {
     fn request(&mut self, input: &Input<'_>) -> Result<Delivery, Settled>;
 }
 
+/// How a request was answered; the labels of `requests_total`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// What was asked for.
+    pub request_code: String,
+    /// How it ended.
+    pub response_code: &'static str,
+    /// Why, empty where that needs no saying.
+    pub reason: &'static str,
+}
+
+/// Bytes of a request code that are kept: codes are words, and a sender may write anything.
+const REQUEST_CODE_BYTES_MAX: usize = 64;
+
 /// What a decide stage brings about besides its state: records, collected in one buffer.
 pub struct Effects {
     codec: Arc<Codec>,
     outbox: Outbox,
     names: HashMap<Box<str>, Arc<str>, foldhash::fast::RandomState>,
     failure: Option<CodecError>,
+    answers: Vec<Answer>,
 }
 
 impl Effects {
     /// Makes an empty collection that writes through `codec`.
     pub fn new(codec: Arc<Codec>) -> Self {
-        Self { codec, outbox: Outbox::default(), names: HashMap::default(), failure: None }
+        Self {
+            codec,
+            outbox: Outbox::default(),
+            names: HashMap::default(),
+            failure: None,
+            answers: Vec::new(),
+        }
     }
 
     /// Emits a record under `key`, with the `traceparent` of its envelope as header. A value that does not
@@ -219,6 +240,28 @@ impl Effects {
         self.outbox.push(&topic, partition, key, value, headers.iter());
     }
 
+    /// Notes that a request was answered: the runtime counts it once the answer is committed. A request code
+    /// that is no word of at most 64 bytes is counted as `other`, so that nobody fills the metrics.
+    pub fn answered(
+        &mut self,
+        request_code: Option<&str>,
+        response_code: &'static str,
+        reason: Option<&'static str>,
+    ) {
+        let is_word = |code: &str| {
+            code.len() <= REQUEST_CODE_BYTES_MAX
+                && code.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'.' | b'-'))
+        };
+        let code = request_code.unwrap_or_default();
+        let request_code = if is_word(code) { code } else { "other" }.to_owned();
+        self.answers.push(Answer { request_code, response_code, reason: reason.unwrap_or_default() });
+    }
+
+    /// Takes the answers noted since the last call.
+    pub fn take_answers(&mut self) -> Vec<Answer> {
+        std::mem::take(&mut self.answers)
+    }
+
     /// Borrows what was emitted.
     pub fn outbox(&self) -> &Outbox {
         &self.outbox
@@ -234,6 +277,7 @@ impl Effects {
     pub fn clear(&mut self) {
         self.outbox.clear();
         self.failure = None;
+        self.answers.clear();
     }
 
     /// Returns the codec.
@@ -299,9 +343,25 @@ mod tests {
         let mut effects = Effects::new(Arc::new(Codec::default()));
         effects.emit_raw("t", None, None, Some(b"v"), Headers::default());
         effects.emit("a topic without a schema", "k", &DeviceMessage::default());
+        effects.answered(Some("twin.set"), "success", None);
         assert_eq!(effects.outbox().len(), 1);
         effects.clear();
         assert!(effects.outbox().is_empty() && effects.take_failure().is_none());
+        assert_eq!(effects.take_answers(), []);
+    }
+
+    #[test]
+    fn a_request_code_that_is_no_word_is_counted_as_other() {
+        let mut effects = Effects::new(Arc::new(Codec::default()));
+        for (code, counted) in [
+            (Some("twin.set"), "twin.set"),
+            (None, ""),
+            (Some("a b"), "other"),
+            (Some(&*"x".repeat(65)), "other"),
+        ] {
+            effects.answered(code, "success", None);
+            assert_eq!(effects.take_answers()[0].request_code, counted, "{code:?}");
+        }
     }
 
     #[test]

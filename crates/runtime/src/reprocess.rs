@@ -12,6 +12,7 @@
 
 use crate::clock::Clock;
 use crate::ports::{Failure, Stretch, StretchReader};
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::catalog::{parking_topic, replay_topic};
@@ -134,7 +135,12 @@ impl<L: StretchReader> Decide for ReprocessDeadLetters<L> {
         &self.spec
     }
 
-    fn process(&mut self, input: &Input<'_>, states: &mut Keyed<Self::State>, _: &mut Effects) -> Settled {
+    fn process(
+        &mut self,
+        input: &Input<'_>,
+        states: &mut Keyed<Self::State>,
+        effects: &mut Effects,
+    ) -> Settled {
         let time = input.record.time;
         let key = input.record.key_str().filter(|key| !key.is_empty());
         let request = input.decode::<DeadLetterRequest>().map_err(|e| (e.code(), e.to_string()));
@@ -143,11 +149,29 @@ impl<L: StretchReader> Decide for ReprocessDeadLetters<L> {
             _ => Err(("key_mismatch", "the record's key is not the id of the request".to_owned())),
         });
         match request {
-            Ok((key, request)) => take_up(key, &request, time, states),
+            Ok((key, request)) => {
+                let taken_up = take_up(key, &request, time, states);
+                let ended = states.get(key).map(|state| &state.progress).filter(|p| !p.is_open());
+                let asked = request.request_code.as_deref();
+                match (&taken_up.reason, ended) {
+                    (Cow::Borrowed(reason), _) if taken_up.outcome == Outcome::Ignored => {
+                        effects.answered(asked, "ignored", Some(reason));
+                    }
+                    (_, Some(ended)) => {
+                        if ended.status == status::CANCELLED {
+                            effects.answered(asked, "success", None);
+                        }
+                        answer(ended, effects);
+                    }
+                    (_, None) => {}
+                }
+                taken_up
+            }
             Err((code, why)) => {
                 // Whoever waits for it sees why; the letter keeps the bytes.
                 if let Some(key) = key.filter(|key| states.get(key).is_none()) {
                     states.get_mut(key).progress = DeadLetterProgress::unreadable(key, why.clone(), time);
+                    effects.answered(None, "failure", Some(code));
                 }
                 Settled::dead_lettered(code, why)
             }
@@ -177,11 +201,24 @@ impl<L: StretchReader> Decide for ReprocessDeadLetters<L> {
                 RETRY
             }
         };
+        if !progress.is_open() {
+            answer(&progress, effects);
+        }
         let next = self.clock.now().plus(pause);
         let state = states.get_mut(key);
         state.progress = progress;
         state.due = Some(next.max(Timestamp(due.0 + 1)));
     }
+}
+
+/// Notes how a request ended, for `requests_total`. Its progress says why.
+fn answer(ended: &DeadLetterProgress, effects: &mut Effects) {
+    let (response_code, reason) = match ended.status.as_str() {
+        status::DONE => ("success", None),
+        status::CANCELLED => ("failure", Some("cancelled")),
+        _ => ("failure", None),
+    };
+    effects.answered(ended.request_code.as_deref(), response_code, reason);
 }
 
 /// Makes a state of a request, or carries out a cancel.

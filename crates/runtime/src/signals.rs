@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use throughline_model::outcome::Outcome;
 use throughline_model::record::TopicPartition;
-use throughline_model::stage::Kind;
+use throughline_model::stage::{Answer, Kind};
 use throughline_model::time::Timestamp;
 use throughline_telemetry::{Metric, RoleHealth, counter, gauge, histogram};
 
@@ -231,6 +231,15 @@ impl Signals {
         counter(Metric::CommitsTotal, &[("stage", self.stage)]).add(1);
     }
 
+    /// Counts requests whose answers are committed.
+    pub(crate) fn answered(&self, answers: &[Answer]) {
+        for Answer { request_code, response_code, reason } in answers {
+            let labels =
+                [("request_code", &**request_code), ("response_code", response_code), ("reason", reason)];
+            counter(Metric::RequestsTotal, &labels).add(1);
+        }
+    }
+
     /// Renews the notes for `/v1/status` and the gauges, at most once a second.
     pub(crate) fn note<'a>(
         &mut self,
@@ -262,6 +271,9 @@ impl Signals {
         gauge(Metric::PartitionsPaused, &stage).set(f64::from(paused));
         gauge(Metric::StateKeys, &stage).set(notes.state_keys as f64);
         let oldest_s = notes.pending_since.map(|since| seconds_between(since, now));
+        let buffer = [("role", self.stage), ("buffer", "uncommitted")];
+        gauge(Metric::BufferMessages, &buffer).set(notes.in_flight as f64);
+        gauge(Metric::BufferAgeSeconds, &buffer).set(oldest_s.unwrap_or_default());
         self.health.note("in_flight", json!(notes.in_flight));
         self.health.note("oldest_uncommitted_seconds", json!(oldest_s));
         self.health.note("partitions", json!(partitions));

@@ -177,6 +177,7 @@ fn request(
         *state.get_mut(key) = twin;
     }
     effects.emit(SERVICE_PLATFORM_TWIN_RESPONSE_V1, key, &response);
+    effects.answered(request.request_code.as_deref(), answer.response_code, answer.reason);
     Ok(Settled::new(Outcome::Emitted, answer.reason.unwrap_or_default()))
 }
 

@@ -50,6 +50,7 @@ where
         let advances: Vec<_> = moved.map(Lane::advance).collect();
         self.transactions.commit(&advances)?;
         self.signals.committed(&mut self.lanes, &advances, self.clock.now());
+        self.signals.answered(&self.effects.take_answers());
         self.signals.works("kafka");
         self.recovery.succeeded();
         self.pending = Pending::default();

@@ -12,7 +12,7 @@ use throughline_model::topics::{
     SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1 as PROGRESS, SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1 as REQUESTS,
 };
 use throughline_runtime::{Clock, DecideLoop, DecidePorts, LoopConfig, ReprocessDeadLetters};
-use throughline_telemetry::Health;
+use throughline_telemetry::{Health, Metric, counter};
 use throughline_testkit::{
     Committed, FakeClock, Fault, MemoryCluster, MemorySchemas, MemorySource, MemoryStretches, MemoryTables,
     MemoryTransactions,
@@ -237,6 +237,42 @@ fn a_cancelled_replay_stops_where_it_is_and_its_rest_stays_open() {
     let expected: Vec<String> = (0..60).map(|n| n.to_string()).collect();
     assert_eq!(world.replayed(), expected, "the second one takes what the first one left");
     assert_eq!(world.progress("slow").unwrap().status, status::CANCELLED);
+}
+
+#[test]
+fn requests_are_counted_by_how_they_ended() {
+    let world = World::new();
+    world.letters(30);
+    let coded = |code: &str, request: DeadLetterRequest| DeadLetterRequest {
+        request_code: Some(format!("counted_{code}")),
+        ..request
+    };
+    world.ask(&coded("done", request("done", Action::Replay)));
+    world.settle(&["done"]);
+    let slow =
+        DeadLetterRequest { again: true, rate_per_second: Some(10), ..request("slow", Action::Replay) };
+    world.ask(&coded("slow", slow));
+    let mut running = world.start();
+    while world.replayed().len() < 32 {
+        running.turn().unwrap();
+    }
+    world.ask(&coded("cancel", request("slow", Action::Cancel)));
+    world.ask(&coded("again", request("done", Action::Replay)));
+    world.ask(&coded("bad", request("bad", Action::Cancel)));
+    while !world.has_ended(&["slow", "bad"]) {
+        running.turn().unwrap();
+    }
+    for (code, response, reason) in [
+        ("done", "success", ""),
+        ("slow", "failure", "cancelled"),
+        ("cancel", "success", ""),
+        ("again", "ignored", "known"),
+        ("bad", "failure", ""),
+    ] {
+        let code = format!("counted_{code}");
+        let labels = [("request_code", &*code), ("response_code", response), ("reason", reason)];
+        assert_eq!(counter(Metric::RequestsTotal, &labels).value(), 1, "{code} {response} {reason}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use throughline_model::keyed::{Keyed, KeyedState as _};
 use throughline_model::outcome::{Outcome, Settled};
 use throughline_model::record::{Batch, TopicPartition};
 use throughline_model::rows::Rows;
-use throughline_model::stage::{Act, Decide, Delivery, Effects, Input, Load};
+use throughline_model::stage::{Act, Answer, Decide, Delivery, Effects, Input, Load};
 use throughline_model::time::Timestamp;
 use throughline_testkit::codec;
 
@@ -103,6 +103,11 @@ impl<S: Decide> Driver<S> {
         let outputs = outputs.collect();
         outbox.clear();
         outputs
+    }
+
+    /// Takes how requests were answered since the last call.
+    pub fn answers(&mut self) -> Vec<Answer> {
+        self.effects.take_answers()
     }
 
     pub fn outputs_as<T: DeserializeOwned>(&mut self) -> Vec<T> {

@@ -107,6 +107,10 @@ fn a_request_is_answered_once_and_changes_the_twin_only_at_the_expected_version(
         let response: TwinResponse = driver.codec.decode(Some(&outputs[0].value)).expect("reads");
         assert_eq!((response.response_code.as_deref(), response.reason.as_deref()), (Some(code), reason));
         assert_eq!(response.desired_version, after);
+        let answers = driver.answers();
+        let counted = answers.iter().map(|a| (&*a.request_code, a.response_code, a.reason));
+        let asked_for = asked.request_code.as_deref().unwrap_or_default();
+        assert_eq!(counted.collect::<Vec<_>>(), [(asked_for, code, reason.unwrap_or_default())]);
         assert_eq!(response.trace_id, asked.trace_id);
         assert_eq!(
             (response.request_id, response.request_code),
