@@ -377,8 +377,16 @@ where
         for record in batch.iter().filter(|record| record.offset >= unread) {
             // Timers that were due before this record come first, wherever a batch begins or ends.
             let earlier = Timestamp(record.time.0 - 1);
-            if task.timers.next().is_some_and(|due| due <= earlier) {
-                fire_due(&mut self.stage, task, &mut self.effects, earlier, self.spec.group)?;
+            while task.timers.next().is_some_and(|due| due <= earlier) {
+                let bytes_max = self.config.bytes_max;
+                fire_due(&mut self.stage, task, &mut self.effects, earlier, bytes_max, self.spec.group)?;
+                failed = flush_beyond(bytes_max, &mut self.effects, &mut self.transactions, &self.spec).err();
+                if failed.is_some() {
+                    break;
+                }
+            }
+            if failed.is_some() {
+                break;
             }
             let input = Input {
                 topic: &lane.topic,
@@ -402,11 +410,10 @@ where
             }
             lane.pass(record.offset, &settled);
             task.timers.follow(&mut task.states, |state| self.stage.due_at(state));
-            if self.effects.outbox().bytes_held() >= self.config.bytes_max {
-                failed = flush(&mut self.effects, &mut self.transactions, &self.spec).err();
-                if failed.is_some() {
-                    break;
-                }
+            let bytes_max = self.config.bytes_max;
+            failed = flush_beyond(bytes_max, &mut self.effects, &mut self.transactions, &self.spec).err();
+            if failed.is_some() {
+                break;
             }
         }
         let done = self.clock.now();
@@ -444,11 +451,12 @@ where
         }
         for number in idle {
             let task = self.tasks.get_mut(&number).expect("it was just listed");
-            fire_due(&mut self.stage, task, &mut self.effects, now, self.spec.group)?;
             self.pending.fired.push(number);
             self.pending.since.get_or_insert(self.clock.now());
-            if self.effects.outbox().bytes_held() >= self.config.bytes_max {
-                let flushed = flush(&mut self.effects, &mut self.transactions, &self.spec);
+            let bytes_max = self.config.bytes_max;
+            while task.timers.first_due(now).is_some() {
+                fire_due(&mut self.stage, task, &mut self.effects, now, bytes_max, self.spec.group)?;
+                let flushed = flush_beyond(bytes_max, &mut self.effects, &mut self.transactions, &self.spec);
                 if let Err(failure) = flushed {
                     return self.recover(failure);
                 }
@@ -528,12 +536,24 @@ where
     }
 }
 
-/// Lets every timer of a task fire that is due at or before `now`, in order of (due time, key).
+/// Hands what was emitted to the open transaction where it has grown large.
+fn flush_beyond<T: Transactions>(
+    bytes_max: usize,
+    effects: &mut Effects,
+    transactions: &mut T,
+    spec: &StageSpec,
+) -> Result<(), Failure> {
+    if effects.outbox().bytes_held() < bytes_max { Ok(()) } else { flush(effects, transactions, spec) }
+}
+
+/// Lets timers of a task fire that are due at or before `now`, in order of (due time, key): all of them, or
+/// until `bytes_max` bytes wait to be handed over. After an outage every timer of a partition may be due.
 fn fire_due<D: Decide>(
     stage: &mut D,
     task: &mut Task<D::State>,
     effects: &mut Effects,
     now: Timestamp,
+    bytes_max: usize,
     group: &'static str,
 ) -> Result<(), Stopped> {
     while let Some((due, key)) = task.timers.first_due(now) {
@@ -543,6 +563,9 @@ fn fire_due<D: Decide>(
         if task.timers.due(&key).is_some_and(|next| next <= due) {
             let message = format!("the timer of `{key}` in stage `{group}` was due at {due} and still is");
             return Err(Stopped { stage: group, code: codes::TIMER_STUCK, message });
+        }
+        if effects.outbox().bytes_held() >= bytes_max {
+            break;
         }
     }
     Ok(())

@@ -266,7 +266,12 @@ where
         for partition in waiting {
             self.lanes.get_mut(&partition).expect("it was just listed").active = true;
         }
-        self.resume_free();
+        if matches!(self.writing, Writing::Gathering) {
+            self.resume_free();
+        } else {
+            // A store may tell positions and yet take no rows: what begins now waits like the rest.
+            self.pause_all();
+        }
         Ok(())
     }
 

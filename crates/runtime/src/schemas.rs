@@ -224,6 +224,17 @@ mod tests {
     }
 
     #[test]
+    fn ids_that_do_not_exist_are_remembered_up_to_the_bound() {
+        let mut schemas = schemas(&[Ok(None)]);
+        for id in 0..2 * ABSENT_MAX as u32 {
+            let certain = schemas.is_absent(id, Timestamp(0));
+            assert!(!certain.expect("the registry answers"));
+            assert!(schemas.absent.len() <= ABSENT_MAX);
+        }
+        assert_eq!(schemas.source.asked, 2 * ABSENT_MAX);
+    }
+
+    #[test]
     fn a_schema_that_is_not_avro_is_the_datas_fault_at_once() {
         let mut schemas = schemas(&[Ok(Some("{}"))]);
         assert_eq!(resolved_after(&mut schemas, &batch(&[7]), 0), 0);

@@ -48,6 +48,8 @@ impl Tables {
         if self.complete && early && self.backlog.is_empty() {
             return Ok(());
         }
+        // What waits for a schema comes first: whatever followed it would only pile up behind it.
+        self.take_backlog(stage, schemas, signals, now)?;
         for topic in stage.spec().tables.clone() {
             reader.follow(topic, &mut |batch| {
                 if self.backlog.is_empty() && schemas.are_known(batch) {
@@ -59,13 +61,24 @@ impl Tables {
             })?;
         }
         self.followed_at = Some(now);
+        self.take_backlog(stage, schemas, signals, now)?;
+        self.complete = true;
+        Ok(())
+    }
+
+    fn take_backlog<D: Decide, Q: SchemaSource>(
+        &mut self,
+        stage: &mut D,
+        schemas: &mut Schemas<Q>,
+        signals: &Signals,
+        now: Timestamp,
+    ) -> Result<(), Failure> {
         while let Some(batch) = self.backlog.front() {
             schemas.resolve(batch, false, now)?;
             apply(stage, batch, schemas, signals);
             note_taken(&mut self.taken, batch, signals);
             self.backlog.pop_front();
         }
-        self.complete = true;
         Ok(())
     }
 }

@@ -96,6 +96,8 @@ pub(crate) struct Inner {
     pub(crate) producers: BTreeMap<String, Producer>,
     pub(crate) members: u64,
     pub(crate) away: bool,
+    /// Bytes of the largest outbox that a transaction was given.
+    pub(crate) sent_bytes_max: usize,
 }
 
 /// The cluster, shared by its clones.
@@ -256,6 +258,11 @@ impl MemoryCluster {
     /// Lets the group's next poll return `event`, whatever else there is.
     pub fn tell(&self, group: &str, event: PipelineEvent) {
         self.lock().groups.entry(group.to_owned()).or_default().told.push_back(event);
+    }
+
+    /// Returns the bytes of the largest outbox that was handed to a transaction.
+    pub fn sent_bytes_max(&self) -> usize {
+        self.lock().sent_bytes_max
     }
 
     /// Lets consumers reach the cluster or not.

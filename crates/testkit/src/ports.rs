@@ -94,6 +94,7 @@ impl Transactions for MemoryTransactions {
             self.cluster.faults().pass(Point::Produce)?;
             let now = self.cluster.clock().now();
             let mut inner = self.cluster.lock();
+            inner.sent_bytes_max = inner.sent_bytes_max.max(outbox.bytes_held());
             for outgoing in outbox.iter() {
                 inner.append_outgoing(&outgoing, now, Some(open));
             }

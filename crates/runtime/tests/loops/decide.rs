@@ -446,6 +446,42 @@ fn commits_that_keep_failing_are_retried_with_bounded_back_off() {
 }
 
 #[test]
+fn a_table_is_not_read_on_while_it_waits_for_a_schema() {
+    let mut world = World::new(&[INPUT], 1);
+    world.tables = vec![TABLE];
+    world.schemas.register(9_001, schema_of(DEVICE_TELEMETRY_V1));
+    world.cluster.faults().set_up(Point::Schema, false);
+    world.cluster.append(TABLE, 0, Some(b"a"), Some(&framed(&world, 9_001, 1)), []);
+    world.cluster.append_keyed(TABLE, "factor", b"7");
+    world.say("a", "add:1");
+    let (mut running, _) = world.start("i");
+    world.pass(&mut running, Duration::from_secs(120));
+    assert_eq!(world.cluster.faults().passed(Point::Follow), 1, "nothing piles up behind what waits");
+    world.cluster.append_keyed(TABLE, "factor", b"10");
+    world.cluster.faults().set_up(Point::Schema, true);
+    world.settle(&mut running);
+    assert_eq!(world.output(), ["a 1 10 @0"], "all of it is in force before any input");
+}
+
+#[test]
+fn timers_that_are_due_together_fill_no_more_than_the_bound() {
+    let mut world = World::new(&[INPUT], 1);
+    world.config.bytes_max = 500;
+    for key in 0..100 {
+        world.cluster.append_keyed(INPUT, &format!("k{key:02}"), b"arm:10");
+    }
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    drop(running);
+    world.clock.advance(Duration::from_secs(60));
+    let (mut running, _) = world.start("i");
+    world.pass(&mut running, Duration::from_secs(5));
+    assert!(world.output().len() >= 100, "all have fired");
+    let largest = world.cluster.sent_bytes_max();
+    assert!((500..1_000).contains(&largest), "{largest} bytes at once: one record may pass the bound");
+}
+
+#[test]
 fn the_drain_commits_what_is_in_flight() {
     let mut world = World::new(&[INPUT], 1);
     world.config.commit_interval = Some(Duration::from_secs(3_600));

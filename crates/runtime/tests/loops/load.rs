@@ -283,6 +283,51 @@ fn a_database_that_is_away_pauses_and_dead_letters_nothing() {
 }
 
 #[test]
+fn gathered_rows_are_written_at_their_bound() {
+    let mut world = World::new();
+    world.config.commit_interval = Some(Duration::from_secs(3_600));
+    world.config.records_max = 25;
+    for _ in 0..100 {
+        world.say(0, "1");
+    }
+    let (mut running, _) = world.start();
+    let mut written = Vec::new();
+    for _ in 0..40 {
+        running.turn().unwrap();
+        written.push(world.names().len());
+    }
+    written.dedup();
+    assert_eq!(written, [0, 30, 60, 90], "by batches of 10, each write at the first that passes 25");
+}
+
+#[test]
+fn partitions_that_come_while_the_store_takes_no_rows_are_not_read() {
+    let world = World::new();
+    let (ports, _) = world.ports();
+    let health = Health::new();
+    let mut running = LoadLoop::new(LoadThings::new(), ports, world.config.clone(), health.role(GROUP));
+    let other = MemorySource::join(&world.cluster, GROUP, &[INPUT, REPLAY], world.batch_max);
+    world.say(0, "1");
+    world.settle(&mut running);
+    // As a full disk does it: positions are told, rows are not taken.
+    world.cluster.faults().set_up(Point::StoreBefore, false);
+    world.say(0, "3");
+    world.pass(&mut running, Duration::from_secs(1));
+    for _ in 0..1_000 {
+        world.say(1, "1");
+    }
+    drop(other);
+    world.pass(&mut running, Duration::from_secs(120));
+    let status = health.status();
+    let partitions = status["roles"][GROUP]["notes"]["partitions"].as_array().unwrap().clone();
+    let taken = partitions.iter().find(|p| p["partition"] == "device.thing.v1/1").unwrap();
+    assert_eq!((&taken["active"], &taken["caught_up"]), (&true.into(), &false.into()), "{taken}");
+    world.cluster.faults().set_up(Point::StoreBefore, true);
+    world.settle(&mut running);
+    assert_eq!((world.names().len(), world.letters().len()), (1_002, 0));
+}
+
+#[test]
 fn an_unknown_commit_is_told_by_the_compare_and_swap_of_the_retry() {
     let world = World::new();
     world.say(0, "1");
