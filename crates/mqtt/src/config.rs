@@ -65,6 +65,11 @@ pub struct Bounds {
     pub open_bytes_max: usize,
     /// Bytes that wait to be sent to a client that does not read. Reading from it pauses there.
     pub out_bytes_max: usize,
+    /// Bytes of all connections that were read and cannot be processed yet, and records that the full producer
+    /// did not take. Beyond it no connection is read, and one of which part of a packet was read is closed.
+    pub held_bytes_max: usize,
+    /// Topics and payloads of the wills of all connections; a client whose will passes it is refused.
+    pub wills_bytes_max: usize,
     /// The largest packet; larger ones close the connection. Kafka's `max.message.bytes` must be above it.
     pub packet_bytes_max: usize,
     /// How long a connection may take to be accepted after it was opened.
@@ -87,6 +92,8 @@ impl Default for Bounds {
             open_publishes_max: 1_000,
             open_bytes_max: 4 << 20,
             out_bytes_max: 256 << 10,
+            held_bytes_max: 256 << 20,
+            wills_bytes_max: 64 << 20,
             packet_bytes_max: 256 << 10,
             connect_deadline_ms: 10_000,
             sessions_max: 100_000,

@@ -2,6 +2,7 @@
 
 use crate::inbox::SEQUENCE_MASK;
 use std::collections::VecDeque;
+use std::time::Instant;
 
 /// A publish whose PUBACK may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +21,7 @@ struct Open {
     /// Records that Kafka has not acknowledged; `FAILED` holds this and everything behind it for ever.
     remaining: u32,
     bytes: u32,
+    since: Instant,
 }
 
 const FAILED: u32 = u32::MAX;
@@ -54,11 +56,16 @@ impl Ring {
         self.base.wrapping_add(self.open.len() as u32) & SEQUENCE_MASK
     }
 
-    /// Adds a publish that became `records` records.
-    pub fn push(&mut self, done: Done, records: u32, bytes: usize) {
+    /// Returns when the publish came that waits longest.
+    pub fn oldest(&self) -> Option<Instant> {
+        self.open.front().map(|open| open.since)
+    }
+
+    /// Adds a publish that came at `since` and became `records` records.
+    pub fn push(&mut self, done: Done, records: u32, bytes: usize, since: Instant) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         self.bytes += bytes as usize;
-        self.open.push_back(Open { done, remaining: records, bytes });
+        self.open.push_back(Open { done, remaining: records, bytes, since });
     }
 
     /// Takes the fate of one record of a publish.
@@ -101,7 +108,7 @@ mod tests {
 
     fn publish(ring: &mut Ring, packet_id: u16, records: u32) -> u32 {
         let sequence = ring.next_sequence();
-        ring.push(Done { packet_id, code: 0, mark: u64::from(packet_id) }, records, 10);
+        ring.push(Done { packet_id, code: 0, mark: u64::from(packet_id) }, records, 10, Instant::now());
         sequence
     }
 

@@ -265,6 +265,20 @@ fn what_is_wrong_with_a_message_is_said_in_its_dead_letter() {
     }
 }
 
+#[test]
+fn what_a_message_would_become_is_bounded() {
+    let mut bench = Bench::new();
+    let text = "x".repeat(1 << 20);
+    let values = format!(r#"{{"values":{{"a":"{text}"}}}}"#);
+    // An element is small and its record is not: the envelope says each time who it is from.
+    let list = format!("[{}]", vec![r#"{"values":{"a":1}}"#; 40_000].join(","));
+    for (payload, code) in [(values, "values_too_large"), (list, "records_too_large")] {
+        let verdict = bench.admit("tl/s/d/telemetry", payload.as_bytes(), None);
+        assert_eq!(verdict, Verdict::DeadLettered(code));
+        assert_eq!(bench.transformer.records().len(), 1, "none of it is accepted");
+    }
+}
+
 /// Makes the record that a replay of a dead letter puts into the replay topic.
 fn replayed(bench: &Bench, offset: i64, fixed: &[u8]) -> Batch {
     let letter = bench.transformer.records().get(0);

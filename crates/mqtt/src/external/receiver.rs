@@ -41,6 +41,7 @@ pub(super) struct Receiver {
     transformer: Transformer,
     meters: Meters,
     open: Gauge,
+    oldest: Gauge,
     poison: Poison,
     /// The number of the connection that is served; reports of others are void.
     connection: u64,
@@ -76,6 +77,7 @@ impl Receiver {
             transformer,
             meters: Meters::new(EXTERNAL),
             open: gauge(Metric::MqttOpenPublishes, &[("listener", EXTERNAL)]),
+            oldest: gauge(Metric::BufferAgeSeconds, &[("role", "bridge"), ("buffer", "external_publishes")]),
             poison: Poison::default(),
             connection: 0,
             client: None,
@@ -186,7 +188,7 @@ impl Receiver {
         self.meters.publishes[usize::from(qos1)].add(1);
         let Ok(topic) = std::str::from_utf8(&publish.topic) else {
             self.meters.refused("topic_name_invalid");
-            self.ring.push(Done { packet_id, code: 0, mark: 0 }, 0, 0);
+            self.ring.push(Done { packet_id, code: 0, mark: 0 }, 0, 0, Instant::now());
             return self.acknowledge();
         };
         let properties = publish.properties.as_ref();
@@ -230,7 +232,7 @@ impl Receiver {
             handed = self.parts.outflow.hand_over(self.transformer.records(), 0, token);
         }
         let count = self.transformer.records().len() as u32;
-        self.ring.push(Done { packet_id, code: 0, mark }, count, publish.payload.len());
+        self.ring.push(Done { packet_id, code: 0, mark }, count, publish.payload.len(), Instant::now());
         let records = self.transformer.take_records();
         self.handed(records, sequence, handed);
     }
@@ -336,6 +338,8 @@ impl Receiver {
             self.reset();
         }
         self.open.set(self.ring.len() as f64);
+        let waited = self.ring.oldest().map_or(0.0, |since| since.elapsed().as_secs_f64());
+        self.oldest.set(waited);
         self.parts.outflow.report();
         self.parts.health.turned();
         self.parts.health.note(

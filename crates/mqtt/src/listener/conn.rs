@@ -53,6 +53,12 @@ pub(crate) struct Client {
     pub(crate) resent: Vec<u16>,
 }
 
+impl Will {
+    pub(crate) fn bytes(&self) -> usize {
+        self.topic.len() + self.payload.len()
+    }
+}
+
 impl Client {
     /// Returns what it may publish.
     pub(crate) fn scope(&self) -> Scope<'_> {
@@ -98,6 +104,8 @@ pub(crate) struct Conn {
     pub(crate) stalled: Cell<bool>,
     pub(crate) paused: Cell<bool>,
     pub(crate) touched: Cell<bool>,
+    /// What it holds, as it was last added to the sum of all connections.
+    pub(crate) held_bytes: Cell<usize>,
 }
 
 impl Conn {
@@ -128,7 +136,14 @@ impl Conn {
             stalled: Cell::new(false),
             paused: Cell::new(false),
             touched: Cell::new(false),
+            held_bytes: Cell::new(0),
         }
+    }
+
+    /// Returns the bytes that were read and are not processed, and those of records that wait for room.
+    pub(crate) fn holds_bytes(&self) -> usize {
+        let state = self.state.borrow();
+        state.unread.len() + state.held.as_ref().map_or(0, |held| held.records.bytes_held())
     }
 
     pub(crate) fn phase(&self) -> Phase {

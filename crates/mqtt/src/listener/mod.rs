@@ -22,7 +22,7 @@ use mqtt_protocol_core::mqtt;
 use parking_lot::Mutex;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use throughline_model::codec::Codec;
@@ -56,6 +56,8 @@ pub(crate) struct Gauges {
     paused: Gauge,
     buffer_messages: Gauge,
     buffer_bytes: Gauge,
+    held_bytes: Gauge,
+    oldest: Gauge,
     aside_messages: Gauge,
 }
 
@@ -73,6 +75,12 @@ pub(crate) struct Shared {
     wills: wills::Wills,
     commands: Vec<Mutex<Vec<Command>>>,
     connections: AtomicUsize,
+    /// What connections hold of bytes that were read, and of records that the producer did not take.
+    held_bytes: AtomicUsize,
+    /// What the wills of connected clients take.
+    will_bytes: AtomicUsize,
+    /// For how many milliseconds the oldest open publish of each worker waits.
+    oldest_ms: Box<[AtomicU64]>,
     sums: Sums,
     gauges: Gauges,
     health: RoleHealth,
@@ -98,6 +106,26 @@ impl Shared {
         self.connections.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Finds room for the will of a client that connects, until [`Shared::forget_will`].
+    fn keep_will(&self, bytes: usize) -> bool {
+        let kept = self.will_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let fits = bytes == 0 || kept + bytes <= self.config.bounds.wills_bytes_max;
+        if !fits {
+            self.forget_will(bytes);
+        }
+        fits
+    }
+
+    fn forget_will(&self, bytes: usize) {
+        self.will_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Says for how long the oldest open publish of a worker waits.
+    fn oldest(&self, worker: usize, waited: Duration) {
+        let ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
+        self.oldest_ms[worker].store(ms, Ordering::Relaxed);
+    }
+
     /// States the depth of every buffer.
     fn report(&self) {
         let sum = |sum: &AtomicUsize| sum.load(Ordering::Relaxed);
@@ -106,6 +134,11 @@ impl Shared {
             (sum(&self.sums.held), sum(&self.sums.asides), sum(&self.connections));
         let blocked = sum(&self.sums.blocked);
         let in_flight = self.outflow.in_flight();
+        let held_bytes = sum(&self.held_bytes);
+        let oldest_ms = self.oldest_ms.iter().map(|ms| ms.load(Ordering::Relaxed)).max().unwrap_or_default();
+        let oldest_s = oldest_ms as f64 / 1e3;
+        self.gauges.held_bytes.set(held_bytes as f64);
+        self.gauges.oldest.set(oldest_s);
         self.gauges.connections.set(connections as f64);
         self.gauges.open.set(open as f64);
         self.gauges.paused.set(paused as f64);
@@ -120,6 +153,8 @@ impl Shared {
                 "connections": connections,
                 "open_publishes": open,
                 "buffer_bytes": bytes,
+                "held_bytes": held_bytes,
+                "oldest_open_seconds": oldest_s,
                 "connections_paused": paused,
                 "connections_waiting_for_producer": held,
                 "connections_waiting_for_topics": blocked,
@@ -189,6 +224,9 @@ impl Listener {
             wills: wills::Wills::default(),
             commands: (0..workers).map(|_| Mutex::default()).collect(),
             connections: AtomicUsize::new(0),
+            held_bytes: AtomicUsize::new(0),
+            will_bytes: AtomicUsize::new(0),
+            oldest_ms: (0..workers).map(|_| AtomicU64::new(0)).collect(),
             sums: Sums::default(),
             gauges: Gauges {
                 connections: label(Metric::MqttConnections),
@@ -196,6 +234,8 @@ impl Listener {
                 paused: label(Metric::MqttConnectionsPaused),
                 buffer_messages: buffer(Metric::BufferMessages, "records_in_flight"),
                 buffer_bytes: buffer(Metric::BufferBytes, "open_publishes"),
+                held_bytes: buffer(Metric::BufferBytes, "unread"),
+                oldest: buffer(Metric::BufferAgeSeconds, "open_publishes"),
                 aside_messages: buffer(Metric::BufferMessages, "session_events"),
             },
             health: around.health,

@@ -62,6 +62,8 @@ pub(crate) enum Refusal {
     NotAuthorized,
     AuthenticationMethod,
     ServerBusy,
+    ClientId,
+    WillQuota,
 }
 
 impl Refusal {
@@ -71,6 +73,8 @@ impl Refusal {
             Self::NotAuthorized => "not_authorized",
             Self::AuthenticationMethod => "authentication_method",
             Self::ServerBusy => "shutting_down",
+            Self::ClientId => "client_id_too_long",
+            Self::WillQuota => "wills_bytes_max",
         }
     }
 
@@ -81,6 +85,8 @@ impl Refusal {
             Self::NotAuthorized => (5, 0x87),
             Self::AuthenticationMethod => (5, 0x8c),
             Self::ServerBusy => (3, 0x89),
+            Self::ClientId => (2, 0x85),
+            Self::WillQuota => (3, 0x97),
         };
         if level == 5 { [0x20, 3, 0, v5, 0] } else { [0x20, 2, 0, v3, 0] }
     }

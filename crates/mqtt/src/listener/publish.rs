@@ -104,7 +104,7 @@ impl Worker {
             return self.broken(conn, &why);
         }
         if count > 0 || packet_id != 0 {
-            state.ring.push(Done { packet_id, code, mark }, count, payload.len());
+            state.ring.push(Done { packet_id, code, mark }, count, payload.len(), self.now.get());
         }
         if let Some(stop) = handed.stop {
             let records = transformer.take_records();

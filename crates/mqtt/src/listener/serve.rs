@@ -13,6 +13,7 @@ use mqtt_protocol_core::mqtt::packet::{Property, Qos};
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::TcpStream;
@@ -52,8 +53,8 @@ impl Worker {
         }
     }
 
-    /// Says whether the connection may be read, or why not.
-    pub(crate) fn may_read(&self, conn: &Conn) -> bool {
+    /// Says whether packets of the connection may be processed.
+    pub(crate) fn may_take(&self, conn: &Conn) -> bool {
         let bounds = &self.shared.config.bounds;
         let state = conn.state.borrow();
         matches!(state.phase, Phase::New | Phase::Open)
@@ -62,6 +63,29 @@ impl Worker {
             && state.ring.len() < usize::from(bounds.open_publishes_max.max(1))
             && state.ring.bytes() < bounds.open_bytes_max
             && state.out.len() < bounds.out_bytes_max
+    }
+
+    /// Says whether anything may be read: all connections together hold less than they may.
+    fn has_room(&self) -> bool {
+        self.shared.held_bytes.load(Ordering::Relaxed) < self.shared.config.bounds.held_bytes_max
+    }
+
+    /// Adds what a connection holds to the sum of all.
+    pub(crate) fn account(&self, conn: &Conn) {
+        let bytes = conn.holds_bytes();
+        let before = conn.held_bytes.replace(bytes);
+        if bytes != before {
+            // Wrapping addition is subtraction where the number fell.
+            self.shared.held_bytes.fetch_add(bytes.wrapping_sub(before), Ordering::Relaxed);
+        }
+    }
+
+    /// Wakes the connections that waited for the others to hold less.
+    pub(crate) fn make_use_of_room(&self) {
+        if self.crowded.get() && self.has_room() {
+            self.crowded.set(false);
+            self.slots.borrow().all().iter().for_each(|conn| conn.wake.notify_one());
+        }
     }
 
     /// Notes that reading stopped or goes on. Who was not read gets its keep-alive anew.
@@ -99,7 +123,13 @@ impl Worker {
         if unread.is_empty() && unread.capacity() > 4096 {
             unread = Vec::new();
         }
+        let is_part = !unread.is_empty() && !conn.stalled.get();
         conn.state.borrow_mut().unread = unread;
+        self.account(conn);
+        if is_part && !self.has_room() {
+            // Nothing is read that would complete the packet, and so its bytes would never be free again.
+            self.close(conn, "held_bytes", 0x97);
+        }
     }
 
     /// Processes whole packets until a bound, and returns the bytes used.
@@ -108,7 +138,7 @@ impl Worker {
         let mut used = 0;
         conn.stalled.set(false);
         while used < bytes.len() && !conn.is_closing() {
-            if !self.may_read(conn) {
+            if !self.may_take(conn) {
                 conn.stalled.set(true);
                 break;
             }
@@ -246,9 +276,13 @@ impl Worker {
 
 async fn serve(worker: Rc<Worker>, conn: Rc<Conn>, mut socket: OwnedReadHalf) {
     while !conn.is_closing() {
-        let reading = worker.may_read(&conn);
+        let taking = worker.may_take(&conn);
+        let reading = taking && worker.has_room();
+        if taking && !reading {
+            worker.crowded.set(true);
+        }
         worker.set_paused(&conn, !reading);
-        if reading && conn.stalled.get() {
+        if taking && conn.stalled.get() {
             worker.feed(&conn, &[]);
             if !conn.flush() {
                 worker.close(&conn, "connection_lost", 0);
@@ -267,6 +301,8 @@ async fn serve(worker: Rc<Worker>, conn: Rc<Conn>, mut socket: OwnedReadHalf) {
             () = conn.wake.notified() => {}
             ready = ready(&socket, interest) => match ready {
                 Ok(ready) => {
+                    // Others may have filled the room since it was asked for.
+                    let reading = reading && worker.has_room();
                     if reading && (ready.is_readable() || ready.is_read_closed()) {
                         worker.read(&conn, &socket);
                     }

@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 use throughline_model::ids::check_name;
 use throughline_model::record::Outbox;
 
+/// Bytes of a client id. It is kept for as long as the session, and repeated in events and dead letters. The
+/// standard asks servers for 23 and lets them take more.
+const CLIENT_ID_BYTES_MAX: usize = 1_024;
+
 impl Worker {
     /// Takes a CONNECT: decides whether a password is to be checked, and by whom.
     pub(crate) fn connect(self: &Rc<Self>, conn: &Rc<Conn>, connect: Connect) {
@@ -23,6 +27,9 @@ impl Worker {
         }
         if connect.authentication {
             return self.refuse(conn, Refusal::AuthenticationMethod);
+        }
+        if connect.client_id.len() > CLIENT_ID_BYTES_MAX {
+            return self.refuse(conn, Refusal::ClientId);
         }
         let Some(user) = &connect.user else {
             let anonymous = self.shared.config.anonymous_on_loopback && conn.peer.ip().is_loopback();
@@ -82,6 +89,9 @@ impl Worker {
         let will = connect.will.as_ref();
         if will.is_some_and(|will| !self.may_publish(&connect.client_id, login.as_deref(), will)) {
             return self.refuse(conn, Refusal::NotAuthorized);
+        }
+        if !self.shared.keep_will(will.map_or(0, Will::bytes)) {
+            return self.refuse(conn, Refusal::WillQuota);
         }
         let bounds = &self.shared.config.bounds;
         let expiry_s = connect.session_expiry_s.min(bounds.session_expiry_max_s);
@@ -254,6 +264,7 @@ impl Worker {
         let (client, cause, will_void, ring, outstanding) = {
             let mut state = conn.state.borrow_mut();
             state.held = None;
+            state.unread = Vec::new();
             (
                 state.client.take(),
                 state.cause,
@@ -267,7 +278,9 @@ impl Worker {
         let unacknowledged = ring.unacknowledged();
         self.slots.borrow_mut().remove(conn.owner.slot, outstanding, ring);
         self.meters.disconnect(cause);
+        self.account(conn);
         let Some(client) = client else { return };
+        self.shared.forget_will(client.will.as_ref().map_or(0, Will::bytes));
         let now = Instant::now();
         let level = conn.state.borrow().level;
         let mut records = Outbox::default();

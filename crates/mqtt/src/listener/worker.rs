@@ -47,6 +47,8 @@ pub(crate) struct Worker {
     pub(crate) meters: Meters,
     pub(crate) now: Cell<Instant>,
     pub(crate) draining: Cell<Option<Instant>>,
+    /// Whether connections wait for all of them together to hold less.
+    pub(crate) crowded: Cell<bool>,
     /// Connections that are over and may still accept our last bytes.
     pub(crate) lingering: Cell<usize>,
     /// Admits so many checks of passwords at once.
@@ -85,6 +87,7 @@ pub(crate) fn run(shared: Arc<Shared>, index: usize, runtime: &tokio::runtime::R
                 _ = sweep.tick() => worker.sweep(),
             }
         }
+        worker.shared.oldest(index, Duration::ZERO);
         worker.publish_sums(Counted::default());
     });
 }
@@ -105,6 +108,7 @@ impl Worker {
             meters: Meters::new(super::meters::LISTENER),
             now: Cell::new(Instant::now()),
             draining: Cell::new(None),
+            crowded: Cell::new(false),
             lingering: Cell::new(0),
             verifying: Semaphore::new(VERIFIED_AT_ONCE),
             batch: RefCell::default(),
@@ -227,7 +231,9 @@ impl Worker {
         let mut refused_topics = Vec::new();
         loop {
             let Some(conn) = self.held.borrow().front().cloned() else { return };
-            match self.send_held_of(&conn, &mut refused_topics) {
+            let stop = self.send_held_of(&conn, &mut refused_topics);
+            self.account(&conn);
+            match stop {
                 Some(NotTaken::Full) => return,
                 Some(_) => self.blocked.borrow_mut().push_back(Rc::clone(&conn)),
                 None => conn.wake.notify_one(),
@@ -269,12 +275,14 @@ impl Worker {
         let now = Instant::now();
         self.now.set(now);
         let mut counted = Counted { asides: self.asides.borrow().len(), ..Counted::default() };
+        let mut oldest = now;
         let connections = self.slots.borrow().all();
         for conn in connections {
             let expired = {
                 let state = conn.state.borrow();
                 counted.open += state.ring.len();
-                counted.bytes += state.ring.bytes() + state.out.len() + state.unread.len();
+                oldest = oldest.min(state.ring.oldest().unwrap_or(now));
+                counted.bytes += state.ring.bytes() + state.out.len();
                 counted.paused += usize::from(conn.paused.get());
                 // A client that is not read cannot show that it lives. One that is not accepted yet has to be
                 // by its deadline, also while its password is checked.
@@ -291,6 +299,8 @@ impl Worker {
         self.unblock();
         self.asides.borrow_mut().retry(&self.shared.outflow);
         self.turn();
+        self.make_use_of_room();
+        self.shared.oldest(self.index, now - oldest);
         self.publish_sums(counted);
         if self.index == 0 {
             self.shared.report();

@@ -4,6 +4,7 @@
 mod support;
 
 mod access;
+mod bounds;
 mod delivery;
 mod packets;
 mod sessions;
