@@ -16,6 +16,10 @@ pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long committed offsets may stay unstable: an abandoned transaction ends within its time-out.
 pub(crate) const STABLE_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Records that are fetched ahead for each KiB: the records of a full queue are at least this small on average
+/// before their number bounds it.
+const RECORDS_PER_KIB: u32 = 6;
+
 /// Which group protocol members speak.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -96,15 +100,21 @@ impl KafkaConfig {
             // A seek is answered after the fetch in progress: with the default of 500 ms every start and
             // rebalance of an idle partition takes that long. The price is ten empty fetches a second of an idle consumer.
             .set("fetch.wait.max.ms", "100")
-            // The bound on memory: a member's partitions have a queue each, so this is per partition.
+            // The bound on memory of what one reader has fetched.
             .set("queued.min.messages", "50000")
             .set("queued.max.messages.kbytes", "8192");
         self.finish(client)
     }
 
-    /// Settings of a member of `group` that reads `topics` topics.
-    pub(crate) fn member(&self, group: &str, topics: usize) -> ClientConfig {
+    /// Settings of a member of `group` that reads `topics` topics and fetches `fetched_kib` of each partition
+    /// ahead.
+    pub(crate) fn member(&self, group: &str, topics: usize, fetched_kib: u32) -> ClientConfig {
         let mut client = self.reader(group);
+        client
+            // A member's partitions have a queue each, so these are per partition.
+            .set("queued.max.messages.kbytes", fetched_kib.to_string())
+            // Each record costs librdkafka 250 bytes or so, which its count of bytes leaves out.
+            .set("queued.min.messages", fetched_kib.saturating_mul(RECORDS_PER_KIB).to_string());
         // What retention overtook, or a topic that was made anew, is to be seen, not skipped.
         client.set("auto.offset.reset", "error");
         match self.group_protocol {
@@ -157,7 +167,7 @@ impl KafkaConfig {
     /// # Errors
     /// [`Failure::Stop`] with the property that is refused.
     pub fn check(&self) -> Result<(), Failure> {
-        for client in [self.member("check", 1), self.writer()] {
+        for client in [self.member("check", 1, 8_192), self.writer()] {
             client.create_native_config().map_err(|e| refused_config(&e))?;
         }
         Ok(())
@@ -189,9 +199,9 @@ mod tests {
     #[test]
     fn co_partitioned_topics_are_assigned_by_range_on_both_protocols() {
         let mut config = KafkaConfig::new("localhost:1");
-        assert_eq!(config.member("g", 2).get("group.remote.assignor"), Some("range"));
+        assert_eq!(config.member("g", 2, 1).get("group.remote.assignor"), Some("range"));
         config.group_protocol = GroupProtocol::Classic;
-        let classic = config.member("g", 2);
+        let classic = config.member("g", 2, 1);
         assert_eq!(classic.get("partition.assignment.strategy"), Some("range"));
         assert_eq!(classic.get("group.instance.id"), Some("g-0"));
         config.check().expect("librdkafka takes it");

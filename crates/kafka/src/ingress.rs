@@ -5,6 +5,7 @@ use crate::config::KafkaConfig;
 use crate::context::{log_error, log_line};
 use crate::failure::refused_config;
 use crate::message::{produce, serve as serve_once, unproven};
+use crate::sent::Sent;
 use parking_lot::RwLock;
 use rdkafka::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
@@ -135,6 +136,7 @@ impl ClosedTopics {
 
 struct Deliveries {
     callback: Callback,
+    sent: Sent,
     closed: Arc<ClosedTopics>,
     /// Set with each report, taken by the thread that looks for a stall.
     reported: AtomicBool,
@@ -167,6 +169,9 @@ impl ProducerContext for Deliveries {
         heard.store(true, Ordering::Relaxed);
         if result.as_ref().is_err_and(|(e, _)| e.rdkafka_error_code() == Some(Code::MessageTimedOut)) {
             self.timed_out.store(true, Ordering::Relaxed);
+        }
+        if let (Fate::Delivered, Ok(message)) = (fate, result) {
+            self.sent.count(message.topic());
         }
         if let Err((error, message)) = result
             && let Some(
@@ -304,6 +309,7 @@ fn make(
     let client = config.finish(client);
     let context = Deliveries {
         callback: Arc::clone(callback),
+        sent: Sent::default(),
         closed: Arc::clone(closed),
         reported: AtomicBool::new(false),
         answered: AtomicBool::new(false),

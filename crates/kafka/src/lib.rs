@@ -25,6 +25,7 @@ mod message;
 mod outlet;
 mod reader;
 mod registry;
+mod sent;
 mod source;
 mod stall;
 mod stretch;

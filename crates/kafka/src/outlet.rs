@@ -4,6 +4,7 @@ use crate::config::KafkaConfig;
 use crate::context::{log_error, log_line};
 use crate::failure::{by_code, dependency, failure, refused_config};
 use crate::message::{produce, serve, unproven};
+use crate::sent::Sent;
 use crate::source::Membership;
 use parking_lot::Mutex;
 use rdkafka::ClientContext;
@@ -22,6 +23,7 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Default)]
 struct Deliveries {
     failed: Mutex<Option<(RDKafkaErrorCode, String)>>,
+    sent: Sent,
 }
 
 impl ClientContext for Deliveries {
@@ -41,6 +43,8 @@ impl ProducerContext for Deliveries {
         if let Some((code, message)) = unproven(result) {
             let what = format!("a record for `{}` was not acknowledged", message.topic());
             self.failed.lock().get_or_insert((code, what));
+        } else if let Ok(message) = result {
+            self.sent.count(message.topic());
         }
     }
 }

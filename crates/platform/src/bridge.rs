@@ -37,7 +37,7 @@ pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
         linger_ms: kafka.linger_ms,
         produce_timeout_ms: kafka.produce_timeout_ms,
         queue_records_max: kafka.queue_records_max,
-        ..IngressConfig::default()
+        queue_kib_max: kafka.queue_kib_max,
     };
     let deliver = Arc::clone(&inboxes);
     let ingress = IngressProducer::start(&context.kafka(), &tuning, move |token, reported| {

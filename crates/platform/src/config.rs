@@ -62,6 +62,8 @@ pub struct Kafka {
     pub produce_timeout_ms: u32,
     /// Records of the bridge that may wait for Kafka at once; beyond it the bridge stops reading.
     pub queue_records_max: u32,
+    /// KiB of the bridge that may wait for Kafka at once; the same holds beyond it.
+    pub queue_kib_max: u32,
     /// Further librdkafka properties, for instance `security.protocol`.
     pub properties: BTreeMap<String, String>,
 }
@@ -125,12 +127,20 @@ pub struct Topics {
 }
 
 /// Settings of stages.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Stages {
-    /// How long outputs may wait for their commit, in ms (10 to 60,000); each stage has its own default
+    /// How long outputs may wait for their commit, in ms (10 to 5,000); each stage has its own default
     /// of 50 or 100.
     pub commit_interval_ms: Option<u64>,
+    /// KiB that a stage fetches ahead of its partitions, shared among them: 1 to 8 MiB each.
+    pub fetched_kib_max: u32,
+}
+
+impl Default for Stages {
+    fn default() -> Self {
+        Self { commit_interval_ms: None, fetched_kib_max: 131_072 }
+    }
 }
 
 /// Whom `notify` tells of alerts.
@@ -175,6 +185,7 @@ impl Default for Kafka {
             linger_ms: 1,
             produce_timeout_ms: 300_000,
             queue_records_max: 100_000,
+            queue_kib_max: 262_144,
             properties: BTreeMap::new(),
         }
     }
@@ -477,6 +488,11 @@ fn check(config: &Config) -> Result<(), CliError> {
     if !(100..=30_000).contains(timeout_ms) {
         return refuse(format!("`notify.timeout_ms` is {timeout_ms}; it is 100 to 30000"));
     }
+    // A transaction may be open since the commit before; Kafka ends it after 10 s, and the stage would begin
+    // again and again.
+    if let Some(ms) = config.stages.commit_interval_ms.filter(|ms| !(10..=5_000).contains(ms)) {
+        return refuse(format!("`stages.commit_interval_ms` is {ms}; it is 10 to 5,000"));
+    }
     let name_ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if config.instance.is_empty() || !config.instance.chars().all(name_ok) {
         return refuse(format!(
@@ -542,6 +558,15 @@ mod tests {
             assert_eq!(found.is_some(), wrong.is_some(), "{key}={value}: {found:?}");
             let said = found.unwrap_or_default();
             assert!(said.contains(wrong.unwrap_or_default()) && !said.contains("s3cret"), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_commit_interval_that_a_transaction_does_not_outlast_is_refused() {
+        for (ms, is_taken) in [(9, false), (10, true), (5_000, true), (5_001, false)] {
+            let stages = Stages { commit_interval_ms: Some(ms), ..Stages::default() };
+            let checked = check(&Config { stages, ..Config::default() });
+            assert_eq!(checked.is_ok(), is_taken, "{ms}");
         }
     }
 

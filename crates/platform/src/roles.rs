@@ -191,6 +191,15 @@ pub fn subscription(spec: &StageSpec, reads_only_replays: bool) -> Vec<String> {
     inputs.chain(replays).chain(retries.map(|input| retry_topic(input, spec.group))).collect()
 }
 
+/// Returns how much a stage's member takes at once and fetches ahead. It subscribes to `topics` topics: inputs, and
+/// what is derived from them with as many partitions.
+fn batch_bounds(context: &Context, spec: &StageSpec, topics: usize) -> BatchBounds {
+    let partitions = |input: &&str| context.catalog.topic(input).map_or(1, |found| found.spec.partitions);
+    let partitions: i32 = spec.inputs.iter().map(partitions).sum();
+    let partitions = usize::try_from(partitions).unwrap_or(1) * topics.div_ceil(spec.inputs.len().max(1));
+    BatchBounds::default().fetching(context.config.stages.fetched_kib_max, partitions)
+}
+
 fn loop_config(context: &Context) -> LoopConfig {
     let commit_interval = context.config.stages.commit_interval_ms.map(Duration::from_millis);
     LoopConfig { commit_interval, ..LoopConfig::default() }
@@ -223,7 +232,8 @@ fn decide_with<D: Decide>(
     let kafka = context.kafka();
     let topics = subscription(&spec, stage.reads_only_replays());
     let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
-    let source = GroupSource::join(&kafka, spec.group, &topics, BatchBounds::default())?;
+    let bounds = batch_bounds(context, &spec, topics.len());
+    let source = GroupSource::join(&kafka, spec.group, &topics, bounds)?;
     let transactions = TransactionalProducer::new(&kafka, spec.group, source.membership());
     let ports = DecidePorts {
         source,
@@ -253,7 +263,8 @@ fn load<L: Load>(context: &Context, health: RoleHealth, stage: L) -> Result<(), 
     };
     let open = || SqlStore::open(&context.config.database.url, options.clone());
     let Some(store) = context.until_available(say, open)? else { return Ok(()) };
-    let source = GroupSource::join(&kafka, spec.group, &topics, BatchBounds::default())?;
+    let bounds = batch_bounds(context, &spec, topics.len());
+    let source = GroupSource::join(&kafka, spec.group, &topics, bounds)?;
     let outlet = AckedProducer::for_member(&kafka, source.membership());
     let ports = LoadPorts {
         source,
@@ -278,7 +289,8 @@ fn act<A: Act>(
     let kafka = context.kafka();
     let topics = subscription(&spec, false);
     let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
-    let source = GroupSource::join(&kafka, spec.group, &topics, BatchBounds::default())?;
+    let bounds = batch_bounds(context, &spec, topics.len());
+    let source = GroupSource::join(&kafka, spec.group, &topics, bounds)?;
     let transactions = TransactionalProducer::new(&kafka, spec.group, source.membership());
     let ports = ActPorts {
         effector,

@@ -175,7 +175,7 @@ metrics! {
         ["messaging_operation_name", "messaging_destination_name", "messaging_consumer_group_name"],
         "Duration of processing one batch.";
     MessagingClientSentMessages Counter, "messaging_client_sent_messages" as "messaging.client.sent.messages",
-        "{message}", ["messaging_destination_name"], "Records handed to Kafka and acknowledged.";
+        "{message}", ["messaging_destination_name"], "Records that Kafka acknowledged, also those of transactions that were given up.";
     MessagingClientConsumedMessages Counter,
         "messaging_client_consumed_messages" as "messaging.client.consumed.messages", "{message}",
         ["messaging_destination_name", "messaging_consumer_group_name"], "Records received from Kafka.";

@@ -124,7 +124,7 @@ impl GroupSource {
 
     fn build(&mut self) -> Result<(), Failure> {
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
-        let client = self.config.member(&self.group, topics.len());
+        let client = self.config.member(&self.group, topics.len(), self.bounds.fetched_kib);
         let member = Member::join(&client, &topics, &self.wake)?;
         self.membership.set(Some(member.consumer()));
         self.member = Some(member);

@@ -89,7 +89,13 @@ pub fn values(topic: &str) -> Vec<(i32, i64, String)> {
 
 /// Joins a group with small batches.
 pub fn join(config: &KafkaConfig, group: &str, topics: &[&str]) -> GroupSource {
-    GroupSource::join(config, group, topics, BatchBounds { records: 100, bytes: 1 << 20 }).expect("joins")
+    GroupSource::join(
+        config,
+        group,
+        topics,
+        BatchBounds { records: 100, bytes: 1 << 20, ..BatchBounds::default() },
+    )
+    .expect("joins")
 }
 
 /// Polls until an event is picked; `Unavailable` is let pass, as a loop would.
