@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::failure::CliError;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 use throughline_kafka::TopicReader;
 use throughline_kafka::admin::Admin;
@@ -12,11 +12,15 @@ use throughline_model::time::Timestamp;
 use throughline_model::topics::DEVICE_HEARTBEAT_V1;
 use throughline_runtime::ports::{Failure, TableReader};
 use throughline_runtime::{Clock, WallClock};
-use throughline_telemetry::{Metric, RoleHealth, gauge};
+use throughline_telemetry::{Metric, RoleHealth, forget, gauge};
 
 /// How often the cluster is asked. Lag in seconds needs no finer step, and a thousand partitions cost a few
 /// requests each time.
 const INTERVAL: Duration = Duration::from_secs(2);
+
+/// Sites whose heartbeats are followed: as many as a metric has label sets. The site heard of longest ago is
+/// forgotten first, because whoever may publish chooses the names.
+const SITES_MAX: usize = 4_096;
 
 /// Publishes the metrics of the cluster until the process shall end.
 ///
@@ -27,9 +31,10 @@ pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
     let mut probe = LagProbe::new(&kafka)?;
     let mut heartbeats = Heartbeats { reader: TopicReader::new(&kafka), newest: HashMap::new() };
     let mut retention = Retention::default();
+    let mut published = Published::default();
     while !context.shutdown.is_requested() {
         let started = Instant::now();
-        let looked = look(context, &mut probe, &mut heartbeats, &mut retention);
+        let looked = look(context, &mut probe, &mut heartbeats, &mut retention, &mut published);
         health.turned();
         match looked {
             Ok(()) => {
@@ -55,22 +60,52 @@ fn look(
     probe: &mut LagProbe,
     heartbeats: &mut Heartbeats,
     retention: &mut Retention,
+    published: &mut Published,
 ) -> Result<(), Failure> {
     let snapshot = probe.snapshot()?;
     let now = WallClock.now();
     let cluster = context.config.kafka.cluster_name.as_str();
-    publish_lag(cluster, &snapshot, now);
+    publish_lag(published, cluster, &snapshot, now);
     retention.refresh(context, &snapshot)?;
-    retention.publish(&snapshot, now);
-    heartbeats.publish(context, now)
+    retention.publish(published, &snapshot, now);
+    heartbeats.follow(context)?;
+    heartbeats.publish(published, now);
+    published.forget_gone();
+    Ok(())
 }
 
-fn publish_lag(cluster: &str, snapshot: &LagSnapshot, now: Timestamp) {
+type Series = (Metric, Vec<(&'static str, String)>);
+
+/// The series of one round and of the one before: what a round does not set any more is gone, as the group,
+/// topic or site is that it was about.
+#[derive(Default)]
+struct Published {
+    before: HashSet<Series>,
+    now: HashSet<Series>,
+}
+
+impl Published {
+    fn set(&mut self, metric: Metric, labels: &[(&'static str, &str)], value: f64) {
+        gauge(metric, labels).set(value);
+        self.now.insert((metric, labels.iter().map(|(name, value)| (*name, (*value).to_owned())).collect()));
+    }
+
+    /// Ends a complete round. One that failed forgets nothing: it does not know what is gone.
+    fn forget_gone(&mut self) {
+        for (metric, labels) in self.before.difference(&self.now) {
+            let labels: Vec<(&'static str, &str)> = labels.iter().map(|(n, v)| (*n, v.as_str())).collect();
+            forget(*metric, &labels);
+        }
+        self.before = std::mem::take(&mut self.now);
+    }
+}
+
+fn publish_lag(published: &mut Published, cluster: &str, snapshot: &LagSnapshot, now: Timestamp) {
     for ends in &snapshot.partitions {
         let number = ends.partition.partition.to_string();
         let labels = [("cluster_name", cluster), ("topic", &ends.partition.topic), ("partition", &number)];
-        gauge(Metric::PartitionEarliestOffset, &labels).set(ends.earliest as f64);
-        gauge(Metric::PartitionLatestOffset, &labels).set(ends.latest as f64);
+        published.set(Metric::PartitionEarliestOffset, &labels, ends.earliest as f64);
+        published.set(Metric::PartitionLatestOffset, &labels, ends.latest as f64);
     }
     let mut groups: BTreeMap<&str, GroupSums<'_>> = BTreeMap::new();
     for lag in &snapshot.groups {
@@ -82,20 +117,20 @@ fn publish_lag(cluster: &str, snapshot: &LagSnapshot, now: Timestamp) {
             ("topic", topic),
             ("partition", &number),
         ];
-        gauge(Metric::ConsumerGroupLag, &labels).set(lag.lag as f64);
-        gauge(Metric::ConsumerGroupOffset, &labels).set(lag.next as f64);
+        published.set(Metric::ConsumerGroupLag, &labels, lag.lag as f64);
+        published.set(Metric::ConsumerGroupOffset, &labels, lag.next as f64);
         let seconds = lag.seconds(now).unwrap_or(f64::NAN);
-        gauge(Metric::ConsumerGroupLagSeconds, &labels).set(seconds);
+        published.set(Metric::ConsumerGroupLagSeconds, &labels, seconds);
         groups.entry(&lag.group).or_default().add(topic, lag, seconds);
     }
     for (group, sums) in groups {
         let labels = [("cluster_name", cluster), ("group", group)];
-        gauge(Metric::ConsumerGroupMaxLag, &labels).set(sums.max as f64);
-        gauge(Metric::ConsumerGroupMaxLagSeconds, &labels).set(sums.max_seconds);
-        gauge(Metric::ConsumerGroupSumLag, &labels).set(sums.sum as f64);
+        published.set(Metric::ConsumerGroupMaxLag, &labels, sums.max as f64);
+        published.set(Metric::ConsumerGroupMaxLagSeconds, &labels, sums.max_seconds);
+        published.set(Metric::ConsumerGroupSumLag, &labels, sums.sum as f64);
         for (topic, sum) in sums.topics {
             let labels = [("cluster_name", cluster), ("group", group), ("topic", topic)];
-            gauge(Metric::ConsumerGroupTopicSumLag, &labels).set(sum as f64);
+            published.set(Metric::ConsumerGroupTopicSumLag, &labels, sum as f64);
         }
     }
 }
@@ -134,12 +169,13 @@ impl Retention {
         let mut topics: Vec<&str> = snapshot.groups.iter().map(|lag| &*lag.partition.topic).collect();
         topics.sort_unstable();
         topics.dedup();
-        for state in Admin::new(&context.kafka())?.describe(&topics)? {
+        let described = Admin::new(&context.kafka())?.describe(&topics)?;
+        self.ms.clear();
+        for state in described {
             let deletes = state.configs.get("cleanup.policy").is_some_and(|c| c.value.contains("delete"));
             let ms = state.configs.get("retention.ms").and_then(|c| c.value.parse::<i64>().ok());
-            match ms.filter(|ms| deletes && *ms > 0) {
-                Some(ms) => drop(self.ms.insert(state.name, ms)),
-                None => drop(self.ms.remove(&state.name)),
+            if let Some(ms) = ms.filter(|ms| deletes && *ms > 0) {
+                self.ms.insert(state.name, ms);
             }
         }
         self.asked = Some(Instant::now());
@@ -147,14 +183,14 @@ impl Retention {
     }
 
     /// A group without lag has the whole retention ahead of it.
-    fn publish(&self, snapshot: &LagSnapshot, now: Timestamp) {
+    fn publish(&self, published: &mut Published, snapshot: &LagSnapshot, now: Timestamp) {
         for lag in &snapshot.groups {
             let Some(ms) = self.ms.get(&*lag.partition.topic) else { continue };
             let waited = lag.seconds(now).unwrap_or(0.0);
             let number = lag.partition.partition.to_string();
             let labels =
                 [("group", lag.group.as_str()), ("topic", &lag.partition.topic), ("partition", &number)];
-            gauge(Metric::RetentionHeadroomSeconds, &labels).set(*ms as f64 / 1e3 - waited);
+            published.set(Metric::RetentionHeadroomSeconds, &labels, *ms as f64 / 1e3 - waited);
         }
     }
 }
@@ -166,21 +202,76 @@ struct Heartbeats {
 }
 
 impl Heartbeats {
-    fn publish(&mut self, context: &Context, now: Timestamp) -> Result<(), Failure> {
+    fn follow(&mut self, context: &Context) -> Result<(), Failure> {
         let newest = &mut self.newest;
         self.reader.follow(DEVICE_HEARTBEAT_V1, &mut |batch| {
             for record in batch.iter() {
                 // What does not decode is dead-lettered by the stage that owns it; an age needs the rest.
                 let Ok(heartbeat) = context.codec.decode::<DeviceMessage>(record.value) else { continue };
-                let at = newest.entry(heartbeat.site_id).or_default();
-                *at = (*at).max(record.time);
+                hear(newest, heartbeat.site_id, record.time);
             }
-        })?;
-        for (site, at) in newest {
+        })
+    }
+
+    fn publish(&self, published: &mut Published, now: Timestamp) {
+        for (site, at) in &self.newest {
             let labels = [("kind", "device"), ("site", site.as_str())];
-            gauge(Metric::HeartbeatAgeSeconds, &labels).set((now.0 - at.0).max(0) as f64 / 1e6);
+            published.set(Metric::HeartbeatAgeSeconds, &labels, (now.0 - at.0).max(0) as f64 / 1e6);
         }
-        Ok(())
+    }
+}
+
+fn hear(newest: &mut HashMap<String, Timestamp>, site: String, at: Timestamp) {
+    if newest.len() >= SITES_MAX
+        && !newest.contains_key(&site)
+        && let Some(oldest) = newest.iter().min_by_key(|(_, at)| **at).map(|(site, _)| site.clone())
+    {
+        newest.remove(&oldest);
+    }
+    let known = newest.entry(site).or_default();
+    *known = (*known).max(at);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use throughline_model::record::TopicPartition;
+
+    fn lag(group: &str) -> GroupLag {
+        GroupLag {
+            group: group.to_owned(),
+            state: String::new(),
+            partition: TopicPartition::new("device.thing.v1", 0),
+            next: 1,
+            lag: 2,
+            caught_up: false,
+            first_unprocessed: None,
+        }
+    }
+
+    #[test]
+    fn a_group_that_is_gone_is_not_shown_any_more() {
+        let mut published = Published::default();
+        let mut round = |groups: &[&str]| {
+            let groups = groups.iter().map(|group| lag(group)).collect();
+            let snapshot = LagSnapshot { groups, ..LagSnapshot::default() };
+            publish_lag(&mut published, "watch-test", &snapshot, Timestamp(0));
+            published.forget_gone();
+            throughline_telemetry::render()
+        };
+        assert!(round(&["watch_kept", "watch_deleted"]).contains("watch_deleted"));
+        let shown = round(&["watch_kept"]);
+        assert!(shown.contains("watch_kept") && !shown.contains("watch_deleted"), "{shown}");
+    }
+
+    #[test]
+    fn sites_are_bounded_and_the_one_heard_of_longest_ago_goes_first() {
+        let mut newest = HashMap::new();
+        for number in 0..=SITES_MAX as i64 {
+            hear(&mut newest, format!("site-{number}"), Timestamp(number));
+        }
+        assert_eq!(newest.len(), SITES_MAX);
+        assert!(!newest.contains_key("site-0") && newest.contains_key("site-1"));
     }
 }
 

@@ -22,6 +22,9 @@ use throughline_runtime::{Clock, WallClock};
 /// A device's clock does not matter here, but the admitting bridge's may differ from the broker's by this.
 const SLACK: Duration = Duration::from_secs(60);
 
+/// Records that are shown, and of each partition held: a sender may write one trace id into all it sends.
+const HOPS_MAX: usize = 10_000;
+
 /// Arguments of `trace`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -75,6 +78,9 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     let found = at_once(&places, |topic, partition| collect(&context, topic, partition, since, trace))?;
     let mut hops: Vec<Hop> = found.into_iter().flatten().collect();
     hops.sort_by_key(|hop| (hop.time, hop.topic.clone(), hop.offset));
+    if cut(&mut hops) {
+        tracing::warn!("the trace has more records; the first {HOPS_MAX} are shown");
+    }
     if hops.is_empty() {
         return Err(CliError::failed(format!(
             "no record of trace {trace} since {since}: it never left the device, is a dead letter (`throughline dlq list`), or retention deleted it"
@@ -83,6 +89,13 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     let groups = LagProbe::new(&context.kafka())?.snapshot()?.groups;
     report(flags, trace, &hops, &groups);
     Ok(Exit::Done)
+}
+
+/// Leaves the first [`HOPS_MAX`]. Says whether there were more.
+fn cut(hops: &mut Vec<Hop>) -> bool {
+    let more = hops.len() > HOPS_MAX;
+    hops.truncate(HOPS_MAX);
+    more
 }
 
 /// Looks into several partitions at the same time: most of it is waiting for a broker.
@@ -193,7 +206,9 @@ fn collect(
     let mut take = |record: &Record<'_>, value: Value| {
         if value["trace_id"].as_str() == Some(&wanted) {
             let (topic, offset, time) = (topic.to_owned(), record.offset, record.time);
-            hops.push(Hop { topic, partition, offset, time, value });
+            if hops.len() <= HOPS_MAX {
+                hops.push(Hop { topic, partition, offset, time, value });
+            }
         }
     };
     let begin = Begin::Since(since);
@@ -256,5 +271,26 @@ fn report(flags: &Flags, trace: TraceId, hops: &[Hop], groups: &[GroupLag]) {
             };
             output::line(&format!("              {:<16} {text}", lag.group));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_records_of_a_trace_than_are_shown_are_said_to_be_there() {
+        let hop = |offset| Hop {
+            topic: "device.thing.v1".to_owned(),
+            partition: 0,
+            offset,
+            time: Timestamp(offset),
+            value: Value::Null,
+        };
+        let mut hops: Vec<Hop> = (0..HOPS_MAX as i64).map(hop).collect();
+        assert!(!cut(&mut hops));
+        hops.push(hop(HOPS_MAX as i64));
+        assert!(cut(&mut hops));
+        assert_eq!(hops.len(), HOPS_MAX);
     }
 }
