@@ -238,6 +238,26 @@ impl Cluster {
         self.roles.remove(index.expect("the role runs")).process.kill();
     }
 
+    /// Returns the memory of a role's first process in MiB: what it takes now, and the most it took.
+    ///
+    /// # Panics
+    /// When there is no such role or the system does not tell.
+    pub fn memory_mib(&self, name: &str) -> (f64, f64) {
+        let role = self.roles.iter().find(|role| role.name == name).expect("the role runs");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", role.process.pid()));
+        let status = status.expect("the system tells what a process takes");
+        let mib = |field: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("it is told");
+            line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number of KiB") / 1024.0
+        };
+        (mib("VmRSS:"), mib("VmHWM:"))
+    }
+
+    /// Returns where the registry answers.
+    pub fn registry_url(&self) -> &str {
+        &self.registry_url
+    }
+
     /// Returns what the first process of a role has said.
     ///
     /// # Panics

@@ -120,6 +120,60 @@ fn topic_names_are_spelled_in_the_catalog_only() {
     }
 }
 
+/// Returns the words in backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+#[test]
+fn every_bound_is_shown_by_tests_that_exist() {
+    let sources: Vec<String> = tracked_files()
+        .iter()
+        .filter(|p| p.extension().is_some_and(|e| e == "rs"))
+        .filter_map(text_of)
+        .collect();
+    let page = text_of(&root().join("docs/bounds.md")).expect("the page is there");
+    let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| ")).collect();
+    assert!(rows.len() > 30, "the table has {} rows", rows.len());
+    let columns = rows[0].split(" | ").count();
+    for row in &rows[1..] {
+        assert_eq!(row.split(" | ").count(), columns, "columns of: {row}");
+        let tests = row.trim_end_matches(" |").rsplit(" | ").next().unwrap_or_default();
+        assert!(quoted(tests).next().is_some(), "no test is named in: {row}");
+        for name in quoted(tests) {
+            let is_there = sources.iter().any(|text| text.contains(&format!("fn {name}(")));
+            assert!(is_there, "docs/bounds.md names the test `{name}`, which does not exist");
+        }
+    }
+}
+
+#[test]
+fn every_metric_is_set_somewhere() {
+    let names = text_of(&root().join("crates/telemetry/src/names.rs")).expect("the list is there");
+    let (_, table) = names.split_once("\nmetrics! {").expect("the list is a macro");
+    let is_kind = |word: &str| ["Counter,", "Gauge,", "Histogram(WORK),", "Histogram(AGE),"].contains(&word);
+    let listed: Vec<&str> = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|words| words.len() > 1 && is_kind(words[1]))
+        .map(|words| words[0])
+        .collect();
+    assert!(listed.len() > 30, "{listed:?}");
+    // What the tests of a file set does not count; the registry of metrics sets one by itself.
+    let code: String = tracked_files()
+        .iter()
+        .filter(|path| path.display().to_string().contains("/crates/") && !path.ends_with("names.rs"))
+        .filter(|path| path.display().to_string().contains("/src/"))
+        .filter_map(text_of)
+        .map(|text| text.split("#[cfg(test)]").next().unwrap_or_default().to_owned())
+        .collect();
+    for metric in listed {
+        let word = |after: &str| !after.starts_with(|c: char| c.is_alphanumeric());
+        let is_set = code.split(&format!("Metric::{metric}")).skip(1).any(word);
+        assert!(is_set, "nothing sets `Metric::{metric}`: set it or take it out of names.rs");
+    }
+}
+
 #[test]
 fn every_decide_stage_has_a_scenario() {
     let told: BTreeSet<String> = scenario_run::files()
