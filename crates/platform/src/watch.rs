@@ -273,12 +273,6 @@ mod tests {
         assert_eq!(newest.len(), SITES_MAX);
         assert!(!newest.contains_key("site-0") && newest.contains_key("site-1"));
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use throughline_model::record::TopicPartition;
 
     #[test]
     fn headroom_is_what_retention_leaves_to_the_first_record_that_waits() {
@@ -299,7 +293,8 @@ mod tests {
         ];
         let retention = Retention { ms: HashMap::from([(topic.to_owned(), 3_600_000)]), asked: None };
         let now = Timestamp::from_millis(3_700_000);
-        retention.publish(&LagSnapshot { partitions: Vec::new(), groups }, now);
+        let snapshot = LagSnapshot { groups, ..LagSnapshot::default() };
+        retention.publish(&mut Published::default(), &snapshot, now);
         let headroom = |group| {
             let labels = [("group", group), ("topic", topic), ("partition", "0")];
             gauge(Metric::RetentionHeadroomSeconds, &labels).value()

@@ -227,7 +227,7 @@ mod tests {
     fn ids_that_do_not_exist_are_remembered_up_to_the_bound() {
         let mut schemas = schemas(&[Ok(None)]);
         for id in 0..2 * ABSENT_MAX as u32 {
-            let certain = schemas.is_absent(id, Timestamp(0));
+            let certain = schemas.is_absent(id, false, Timestamp(0));
             assert!(!certain.expect("the registry answers"));
             assert!(schemas.absent.len() <= ABSENT_MAX);
         }

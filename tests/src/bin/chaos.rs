@@ -32,6 +32,8 @@ fn say(text: &str) {
 /// Carries out one plan and returns its entry in the journal.
 fn run(plan: &Plan) -> Value {
     let begun = Instant::now();
+    // That of the beginning: the build is what was there then.
+    let commit = commit();
     let mut rig = Rig::start(plan);
     let means = rig.means();
     let injected = plan.carry_out(&mut rig, |injection| {
@@ -53,7 +55,7 @@ fn run(plan: &Plan) -> Value {
     };
     json!({
         "plan": plan.name(),
-        "commit": commit(),
+        "commit": commit,
         "build": std::env::var("PLATFORM_BUILD").unwrap_or_else(|_| "dev".to_owned()),
         "store": if means.has_server { "postgresql" } else { "sqlite" },
         "brokers": means.brokers,
