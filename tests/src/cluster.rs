@@ -12,7 +12,8 @@ use throughline_local::kafka::{KafkaCluster, KafkaOptions};
 use throughline_local::ports;
 use throughline_local::registry::EmbeddedRegistry;
 
-/// The signal's number on every system that the platform runs on.
+/// The signals' numbers on every system that the platform runs on.
+const SIGABRT: i32 = 6;
 const SIGSEGV: i32 = 11;
 
 /// Every role of the platform that needs nothing but its services.
@@ -187,8 +188,8 @@ impl Cluster {
         self.kill_and_restart(index.expect("the instance runs"));
     }
 
-    /// Starts every process again that SIGSEGV ended, as Kubernetes does, and says so: only C code can end one
-    /// like that.
+    /// Starts every process again that the Kafka client library ended, as Kubernetes does, and says so: by
+    /// SIGSEGV, which only C code can meet, or by one of its assertions.
     ///
     /// # Panics
     /// When a process ended by itself in any other way.
@@ -197,9 +198,11 @@ impl Cluster {
         for index in 0..self.roles.len() {
             let role = &mut self.roles[index];
             let Some(status) = role.process.status() else { continue };
-            let name = &role.name;
-            assert_eq!(status.signal(), Some(SIGSEGV), "{name} ended: {status}\n{}", role.process.output());
-            eprintln!("{name} met SIGSEGV and is started again");
+            let (name, output) = (&role.name, role.process.output());
+            let is_assertion = status.signal() == Some(SIGABRT) && output.contains("rdkafka_");
+            let is_theirs = status.signal() == Some(SIGSEGV) || is_assertion;
+            assert!(is_theirs, "{name} ended: {status}\n{output}");
+            eprintln!("{name} ended in librdkafka ({status}) and is started again");
             self.crashes += 1;
             self.start_again(index);
         }

@@ -106,7 +106,7 @@ fn report() {
          partition. The publisher keeps a journal on disk of what was acknowledged to it. Afterwards a program \
          in Python that shares no code with the platform compares that journal with Kafka, tables, dead \
          letters, alerts, twins and outcome counters. Differences must be 0. Crashes are processes that \
-         SIGSEGV ended and that were started again (librdkafka's issue 5280, kept from happening since run 20).\n\n\
+         librdkafka ended and that were started again (operations.md, known defects).\n\n\
          | run | commit | build | brokers | store | readings | publishes acknowledged | faults | crashes | differences |\n\
          |---|---|---|---|---|---|---|---|---|---|\n",
     );
