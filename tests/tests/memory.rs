@@ -37,7 +37,8 @@ const CLIENTS: usize = 5;
 const BRIDGE_MIB: f64 = QUEUE_MIB as f64 + CLIENTS as f64 * 0.125;
 /// Copies, compressed batches, and what the allocator does not give back.
 const FACTOR: f64 = 3.0;
-const SOON: Duration = Duration::from_secs(60);
+/// Bounded generously: the machine may be busy with other tests.
+const SOON: Duration = Duration::from_secs(180);
 
 /// Makes text that does not compress, so that every byte is one on the wire and in each buffer.
 fn noise(random: &mut Random, length: usize) -> String {
@@ -135,6 +136,15 @@ fn a_hung_database(cluster: &mut Cluster, database: &mut ManagedPostgres) {
     assert_bounded(cluster, "load_warehouse", before, poured, LOAD_MIB);
 }
 
+/// Says whether every thread of a process has stopped: on a busy machine that is later than the signal.
+fn stands_still(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there");
+    threads.flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
+    })
+}
+
 /// A client that publishes at QoS 1 and counts its acknowledgements.
 struct Client {
     stream: TcpStream,
@@ -198,6 +208,8 @@ fn a_hung_kafka(cluster: &mut Cluster) {
     }
     let poured: usize = clients.iter().map(|client| client.unsent.len()).sum();
     cluster.kafka.fault(Fault::Stop);
+    let broker = cluster.kafka.node(0).pid().expect("the broker runs");
+    wait_for("Kafka to stand still", SOON, || stands_still(broker).then_some(()));
     // Until the bridge has stopped reading: nothing moves for a while although all have more to say.
     let mut still = 0;
     wait_for("the bridge to stop reading", SOON, || {
