@@ -7,7 +7,8 @@ use throughline_model::books::{Books, METADATA_BYTES_MAX};
 use throughline_model::catalog::schema;
 use throughline_model::codec::{Codec, framed_id};
 use throughline_model::envelope::{
-    Alert, Command, DeviceMessage, EnvelopeRef, Locator, RuleRecord, Session, Twin, TwinRequest, TwinResponse,
+    Alert, Command, DeadLetterProgress, DeadLetterRequest, DeviceMessage, EnvelopeRef, Locator, RuleRecord,
+    Session, Twin, TwinRequest, TwinResponse,
 };
 use throughline_model::outcome::Outcome;
 use throughline_model::record::{Batch, Headers, Outbox, TopicPartition};
@@ -55,6 +56,8 @@ pub fn envelope(data: &[u8]) {
         topics::DEVICE_SESSION_V1 => again::<Session>,
         topics::DEVICE_COMMAND_V1 => again::<Command>,
         topics::SERVICE_PLATFORM_ALERT_V1 => again::<Alert>,
+        topics::SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1 => again::<DeadLetterProgress>,
+        topics::SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1 => again::<DeadLetterRequest>,
         topics::SERVICE_PLATFORM_LOCATOR_V1 => again::<Locator>,
         topics::SERVICE_PLATFORM_RULE_V1 => again::<RuleRecord>,
         topics::SERVICE_PLATFORM_TWIN_V1 => again::<Twin>,
@@ -102,7 +105,7 @@ pub fn schema(data: &[u8]) {
 }
 
 /// Names of headers that are read somewhere.
-const NAMES: [&str; 14] = [
+const NAMES: [&str; 19] = [
     "tl-mqtt-topic",
     "tl-mqtt-client-id",
     "tl-mqtt-properties",
@@ -117,6 +120,11 @@ const NAMES: [&str; 14] = [
     "kafka_dlt-original-offset",
     "__connect.errors.exception.message",
     "other",
+    "tl-retry-count",
+    "tl-retry-not-before",
+    "tl-rule",
+    "kafka_dlt-original-partition",
+    "kafka_dlt-original-timestamp",
 ];
 
 /// Headers of a record: for each a byte that picks its name, a byte with its length, its value.

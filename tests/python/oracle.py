@@ -58,6 +58,9 @@ class Kafka:
             {"bootstrap.servers": bootstrap, "group.id": "oracle", "enable.auto.commit": False,
              "isolation.level": "read_committed", "enable.partition.eof": True})
 
+    def topics(self):
+        return sorted(self.admin.list_topics(timeout=20).topics)
+
     def length(self, topic):
         """Returns how many records a topic was given that is written without transactions."""
         ends = [self.consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=20)[1] for p in self.partitions(topic)]
@@ -192,6 +195,7 @@ def main():
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--threshold", type=float, help="of the rule temperature > THRESHOLD that is in force")
     parser.add_argument("--rule", default="demo-overheat")
+    parser.add_argument("--only-rule", action="store_true", help="no other rule is or was in force")
     parser.add_argument("--redelivery", action="store_true", help="faults were injected: repeats may occur on the wire")
     parser.add_argument("--deadline", type=float, default=120)
     parser.add_argument("--journal", help="directory of the publisher's journal: what it says is acknowledged must be there")
@@ -294,6 +298,11 @@ def main():
             else:
                 check.equal(f"letters in {name}", found_letters, wanted)
 
+    for name in kafka.topics():
+        known = name in {f"{topic}.{group}-dlt" for topic, groups in readers.items() for group in groups}
+        if name.endswith(("-dlt", "-parking", "-retry")) and not known and name != f"{READINGS}.bridge-dlt":
+            check.equal(f"records in {name}", len(kafka.read(name)), 0)
+
     # Twins: the last reading of each device.
     twins = {(s, d): doc for s, d, doc in store.query(f"SELECT site_id, device_id, document FROM twin WHERE site_id IN {sites}")}
     bad_twins = [k for k, (_position, values) in last.items() if reported(twins.get(k, "{}")) != values]
@@ -329,6 +338,10 @@ def main():
         raised, cleared = alerts()
         check.equal("alerts raised", raised, raises)
         check.equal("alerts cleared", cleared, clears)
+        # The table holds one row an alert, however often it was told; the topic has each raise and clear once.
+        if args.only_rule:
+            told = len(kafka.read("service_platform.alert.v1"))
+            check.equal("records on service_platform.alert.v1", told, sum(raises.values()) + sum(clears.values()))
 
     if check.failures:
         print("\n".join(f"DIFFERENCE {f[:2000]}" for f in check.failures))

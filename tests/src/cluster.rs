@@ -352,6 +352,11 @@ impl Cluster {
         });
     }
 
+    /// Returns the registry's port.
+    pub fn registry_port(&self) -> u16 {
+        self.registry_listen.port()
+    }
+
     /// Returns the port of the bridge.
     pub fn mqtt_port(&self) -> String {
         self.mqtt_port.to_string()

@@ -27,7 +27,7 @@ fn apply_demo_rule(cluster: &Cluster) {
 
 fn compare(cluster: &Cluster, load: &Load) {
     let kafka = cluster.kafka.bootstrap();
-    let arguments = ["--threshold", "90", "--redelivery", "--deadline", "90"];
+    let arguments = ["--threshold", "90", "--only-rule", "--redelivery", "--deadline", "90"];
     if let Err(differences) = load.compare(&kafka, cluster.database(), &arguments) {
         panic!("{differences}");
     }
@@ -99,7 +99,7 @@ fn two_instances_of_a_role_share_its_partitions_and_keep_its_state_on_both_proto
     }
     published(publisher, Duration::from_secs(120));
     let kafka = cluster.kafka.bootstrap();
-    let arguments = ["--threshold", "90", "--deadline", "90"];
+    let arguments = ["--threshold", "90", "--only-rule", "--deadline", "90"];
     if let Err(differences) = load.compare(&kafka, cluster.database(), &arguments) {
         panic!("{differences}");
     }

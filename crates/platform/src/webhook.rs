@@ -3,8 +3,8 @@
 //! | the receiver | means |
 //! |---|---|
 //! | answers 2xx | delivered |
-//! | answers 408, 425, 429 or 5xx, breaks off, or does not answer in time | failed: whether others pass tells whose fault it is |
-//! | refuses the connection, has no address, answers 3xx, 401, 403, 404, 405, 407 or 410 | unavailable: address, login or receiver are wrong, not the message |
+//! | answers 408, 425 or 5xx, breaks off, or does not answer in time | failed: whether others pass tells whose fault it is |
+//! | refuses the connection, has no address, answers 3xx, 401, 403, 404, 405, 407, 410 or 429 | unavailable: address, login, receiver or pace are wrong, not the message |
 //! | answers any other 4xx | refused |
 
 use crate::failure::CliError;
@@ -114,7 +114,9 @@ fn judge(status: StatusCode, headers: &HeaderMap, text: &str) -> Answer {
     let message = format!("it answers {code} {}", text.trim()).trim_end().to_owned();
     match code {
         200..300 => Answer::Delivered,
-        408 | 425 | 429 | 500.. => {
+        // It is asked too much, which says nothing about the message, although others pass meanwhile.
+        429 => Answer::Unavailable { message },
+        408 | 425 | 500.. => {
             let wait = headers.get("retry-after").and_then(|v| v.to_str().ok()?.trim().parse().ok());
             Answer::Failed { message, wait: wait.map(Duration::from_secs) }
         }
@@ -181,7 +183,7 @@ mod tests {
             (410, "unavailable"),
             (413, "refused"),
             (422, "refused"),
-            (429, "failed"),
+            (429, "unavailable"),
             (500, "failed"),
             (503, "failed"),
         ] {
@@ -190,10 +192,10 @@ mod tests {
             assert_eq!(kind(&answer), expected, "{code}: {answer:?}");
         }
         let headers = HeaderMap::from_iter([("retry-after".parse().expect("a name"), 7.into())]);
-        let busy = judge(StatusCode::TOO_MANY_REQUESTS, &headers, "");
+        let busy = judge(StatusCode::SERVICE_UNAVAILABLE, &headers, "");
         assert_eq!(
             busy,
-            Answer::Failed { message: "it answers 429".into(), wait: Some(Duration::from_secs(7)) }
+            Answer::Failed { message: "it answers 503".into(), wait: Some(Duration::from_secs(7)) }
         );
     }
 

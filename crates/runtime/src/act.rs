@@ -142,7 +142,7 @@ where
             schemas: Schemas::new(ports.schemas, ports.codec, &config),
             clock: ports.clock,
             signals: Signals::new(spec.group, spec.kind, health),
-            watch: Watch::new(spec.group, ports.incarnation),
+            watch: Watch::new(spec.group, None, ports.incarnation),
             lanes: BTreeMap::new(),
             windows: BTreeMap::new(),
             under_way: BTreeMap::new(),
@@ -401,7 +401,11 @@ where
         let age = if index == 0 { message_age(&batch, codec, now) } else { None };
         let mut item = Item::new(Arc::clone(&batch), index, wanted, now, age);
         if lane.retried {
-            item.set_aside_before(crate::dead_letter::Retry::of(&record), self.passed);
+            item.set_aside_before(
+                crate::dead_letter::Retry::of(&record),
+                self.passed,
+                self.config.aside_most,
+            );
         }
         window.items.push_back(item);
         Ok(true)
@@ -422,7 +426,7 @@ where
         if let Some(since) = self.pending_since {
             wait = wait.min(self.commit_interval.saturating_sub(elapsed(since, now)));
         }
-        if self.windows.values().any(|w| !w.queue.is_empty() && w.has_room()) {
+        if self.windows.values().any(Window::can_take) {
             wait = wait.min(self.schemas.backoff.remaining(now));
         }
         let first_due =

@@ -158,7 +158,7 @@ where
             schemas: Schemas::new(ports.schemas, Arc::clone(&ports.codec), &config),
             clock: ports.clock,
             signals: Signals::new(spec.group, spec.kind, health),
-            watch: Watch::new(spec.group, ports.incarnation),
+            watch: Watch::new(spec.group, spec.changelog.as_deref(), ports.incarnation),
             tables: Tables::default(),
             effects: Effects::new(ports.codec),
             lanes: BTreeMap::new(),

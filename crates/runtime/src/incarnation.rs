@@ -95,6 +95,7 @@ impl fmt::Debug for AskIncarnation {
 /// What a loop knows of its cluster and topics, and its looks whether that is still so.
 pub(crate) struct Watch {
     group: &'static str,
+    changelog: Option<String>,
     ask: AskIncarnation,
     known: Option<Incarnation>,
     asked: Option<Receiver<Result<Incarnation, Failure>>>,
@@ -102,8 +103,9 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn new(group: &'static str, ask: AskIncarnation) -> Self {
-        Self { group, ask, known: None, asked: None, looked_at: Timestamp(0) }
+    pub(crate) fn new(group: &'static str, changelog: Option<&str>, ask: AskIncarnation) -> Self {
+        let changelog = changelog.map(str::to_owned);
+        Self { group, changelog, ask, known: None, asked: None, looked_at: Timestamp(0) }
     }
 
     /// Says whether the loop was told by now what it began on.
@@ -152,7 +154,7 @@ impl Watch {
             self.known = Some(found);
             return Ok(());
         };
-        let group = self.group;
+        let (group, changelog) = (self.group, self.changelog.as_deref());
         if known.cluster_id != found.cluster_id {
             let why =
                 format!("it began on cluster `{}`, and this is `{}`", known.cluster_id, found.cluster_id);
@@ -163,7 +165,9 @@ impl Watch {
             if first != id {
                 let why =
                     format!("topic `{topic}` was made anew while it ran: its id was {first} and is {id}");
-                return Err(replaced(group, Some(&topic), &why));
+                // Offsets are adopted; in a changelog the group has none, so all of them are concerned.
+                let named = (changelog != Some(topic.as_str())).then_some(topic.as_str());
+                return Err(replaced(group, named, &why));
             }
         }
         Ok(())

@@ -119,7 +119,7 @@ where
             schemas: Schemas::new(ports.schemas, ports.codec, &config),
             clock: ports.clock,
             signals: Signals::new(spec.group, spec.kind, health),
-            watch: Watch::new(spec.group, ports.incarnation),
+            watch: Watch::new(spec.group, None, ports.incarnation),
             lanes: BTreeMap::new(),
             pieces: Vec::new(),
             bytes: 0,

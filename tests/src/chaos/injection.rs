@@ -63,6 +63,8 @@ pub enum Link {
     Database,
     /// Those of the bridge's listener.
     Mqtt,
+    /// Those of the registry, which then hangs instead of refusing connections.
+    Registry,
 }
 
 /// What a rig and this machine allow.
@@ -105,6 +107,7 @@ impl Injection {
             (2, means.may_drop, Self::DropPackets(Link::Kafka, random.pause(500, 12_000))),
             (2, means.may_drop, Self::DropPackets(Link::Mqtt, random.pause(500, 12_000))),
             (2, means.may_drop && server, Self::DropPackets(Link::Database, random.pause(500, 12_000))),
+            (2, means.may_drop, Self::DropPackets(Link::Registry, random.pause(500, 9_000))),
             (3, true, Self::RegistryAway(random.pause(500, 6_000))),
             (3, true, Self::TakeOverSession),
             (2, true, Self::KillPublisher),

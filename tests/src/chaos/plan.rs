@@ -96,6 +96,11 @@ impl Plan {
         if several { 3 } else { 1 }
     }
 
+    /// Says whether every stage has two instances all the time; each third seed from 30 on.
+    pub fn is_doubled(&self) -> bool {
+        matches!(self, Self::Seed(seed, _) if *seed >= 30 && seed.is_multiple_of(3))
+    }
+
     /// Says whether it needs disks that can be filled.
     pub fn fills_disks(&self) -> bool {
         matches!(self, Self::Seed(..))

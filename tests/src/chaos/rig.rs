@@ -1,7 +1,7 @@
 //! Everything that a run under faults consists of: services, roles, publishers, a foreign writer.
 
 use super::disk::SmallDisk;
-use super::injection::{Link, Means};
+use super::injection::{Link, Means, STAGES};
 use super::wall::Wall;
 use super::{Plan, database};
 use crate::cluster::Cluster;
@@ -65,6 +65,9 @@ impl Rig {
         let settings: Vec<_> = settings.iter().map(|(name, value)| (&**name, &**value)).collect();
         let mut cluster = Cluster::start_on(directory, (&options, nodes), url.as_deref(), &settings);
         cluster.add_roles();
+        if plan.is_doubled() {
+            STAGES.iter().for_each(|stage| cluster.add(stage, "1"));
+        }
         let rule = root().join("demo/rules/demo-overheat.toml").display().to_string();
         let applied = cluster.command(&["rules", "apply", &rule]);
         assert!(applied.status.success(), "{}", said(&applied));
@@ -105,6 +108,7 @@ impl Rig {
         match link {
             Link::Kafka => self.cluster.kafka.ports(),
             Link::Database => self.database.iter().map(ManagedPostgres::port).collect(),
+            Link::Registry => vec![self.cluster.registry_port()],
             Link::Mqtt => vec![self.cluster.mqtt_port().parse().expect("a port is a number")],
         }
     }
@@ -210,7 +214,8 @@ impl Rig {
     pub fn compare(&self, extra: &[&str]) -> Result<(), String> {
         let kafka = self.cluster.kafka.bootstrap();
         let poison = poison_journal(&self.cluster);
-        let arguments = ["--threshold", "90", "--redelivery", "--deadline", "240", "--poison", &poison];
+        let arguments =
+            ["--threshold", "90", "--only-rule", "--redelivery", "--deadline", "240", "--poison", &poison];
         self.load.compare(&kafka, self.cluster.database(), &[&arguments[..], extra].concat())
     }
 }

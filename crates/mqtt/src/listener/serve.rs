@@ -66,7 +66,7 @@ impl Worker {
     }
 
     /// Says whether anything may be read: all connections together hold less than they may.
-    fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.shared.held_bytes.load(Ordering::Relaxed) < self.shared.config.bounds.held_bytes_max
     }
 

@@ -290,8 +290,8 @@ impl Worker {
         let event = if cause == "taken_over" { "taken_over" } else { "disconnected" };
         self.event(&mut records, &client, level, event, Some(cause));
         self.asides.borrow_mut().push(records);
-        // A drained instance and a fault of the platform say nothing about the device.
-        let ours = matches!(cause, "shutdown" | "delivery_failed");
+        // A drained instance and faults and bounds of the platform say nothing about the device.
+        let ours = matches!(cause, "shutdown" | "delivery_failed" | "held_bytes");
         let will = client.will.as_ref().filter(|_| !will_void && !ours);
         let close = || {
             let registry = &self.shared.registry;

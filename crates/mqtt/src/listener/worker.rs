@@ -277,8 +277,9 @@ impl Worker {
         let mut counted = Counted { asides: self.asides.borrow().len(), ..Counted::default() };
         let mut oldest = now;
         let connections = self.slots.borrow().all();
+        let has_room = self.has_room();
         for conn in connections {
-            let expired = {
+            let (expired, clogs) = {
                 let state = conn.state.borrow();
                 counted.open += state.ring.len();
                 oldest = oldest.min(state.ring.oldest().unwrap_or(now));
@@ -287,9 +288,14 @@ impl Worker {
                 // A client that is not read cannot show that it lives. One that is not accepted yet has to be
                 // by its deadline, also while its password is checked.
                 let exempt = conn.paused.get() && state.phase == Phase::Open;
-                state.deadline.is_some_and(|at| at <= now) && !exempt
+                let expired = state.deadline.is_some_and(|at| at <= now) && !exempt;
+                // It takes no answers, so what it sent is never processed, and nobody else is read for it.
+                let takes_nothing = state.out.len() >= self.shared.config.bounds.out_bytes_max;
+                (expired, !has_room && takes_nothing && conn.held_bytes.get() > 0)
             };
-            if expired {
+            if clogs {
+                self.close(&conn, "out_bytes", 0);
+            } else if expired {
                 self.expire(&conn);
             }
         }

@@ -156,8 +156,7 @@ where
 
     fn wait_again(&mut self, partition: &TopicPartition, token: u64, due: Timestamp) {
         if let Some(item) = self.windows.get_mut(partition).and_then(|window| window.under(token)) {
-            item.step = Step::Waiting;
-            item.due = due;
+            item.wait_until(due, self.clock.now());
         }
     }
 

@@ -6,6 +6,7 @@ use crate::dead_letter::Retry;
 use crate::lane::BatchTiming;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 use throughline_model::outcome::{Outcome, Settled};
 use throughline_model::record::{Batch, Outbox, Record};
 use throughline_model::stage::Delivery;
@@ -51,7 +52,9 @@ pub(super) struct Item {
     pub(super) delivery: Delivery,
     pub(super) step: Step,
     /// Not begun before.
-    pub(super) due: Timestamp,
+    due: Timestamp,
+    /// Since when it waits for that.
+    waits_since: Timestamp,
     /// How often it was set aside before.
     pub(super) asides: u32,
     /// How many deliveries had passed when this one last failed.
@@ -88,6 +91,7 @@ impl Item {
             delivery,
             step,
             due: now,
+            waits_since: now,
             asides: 0,
             passed_at_failure: None,
             failed_here: false,
@@ -99,10 +103,21 @@ impl Item {
 
     /// Continues what a retry topic says of the record. It failed before: what passes while it waits tells that
     /// the fault is its own.
-    pub(super) fn set_aside_before(&mut self, retry: Retry, passed: u64) {
+    /// The clock of another member wrote until when it waits: never longer than `most`.
+    pub(super) fn set_aside_before(&mut self, retry: Retry, passed: u64, most: Duration) {
         self.asides = retry.count;
-        self.due = retry.not_before;
+        self.due = retry.not_before.min(self.taken_at.plus(most));
         self.passed_at_failure = (retry.count > 0).then_some(passed);
+    }
+
+    /// Lets it wait from now until it is due.
+    pub(super) fn wait_until(&mut self, due: Timestamp, now: Timestamp) {
+        (self.step, self.due, self.waits_since) = (Step::Waiting, due, now);
+    }
+
+    /// Says whether it may be tried. A clock that was set back makes it due.
+    fn is_due(&self, now: Timestamp) -> bool {
+        self.due <= now || now < self.waits_since
     }
 
     pub(super) fn record(&self) -> Record<'_> {
@@ -156,6 +171,15 @@ impl Window {
         self.items.len() < ITEMS_MAX && open().count() < OPEN_MAX && open().all(|item| item.failed_here)
     }
 
+    /// Says whether something of the queue can come in now.
+    pub(super) fn can_take(&self) -> bool {
+        match self.queue.front() {
+            Some(Piece::Batch(_)) => self.has_room(),
+            Some(Piece::Gap { .. }) => self.items.is_empty(),
+            None => false,
+        }
+    }
+
     pub(super) fn is_under_way(&self) -> bool {
         self.items.iter().any(|item| matches!(item.step, Step::UnderWay(_)))
     }
@@ -168,7 +192,7 @@ impl Window {
         }
         let mut found: Option<(usize, Option<u64>)> = None;
         for (index, item) in self.items.iter().enumerate().filter(|(_, item)| !item.is_settled()) {
-            if item.due <= now && found.is_none_or(|(_, tried)| item.tried < tried) {
+            if item.is_due(now) && found.is_none_or(|(_, tried)| item.tried < tried) {
                 found = Some((index, item.tried));
             }
             if !item.failed_here {

@@ -302,3 +302,18 @@ impl Random {
         (z ^ (z >> 31)) % bound
     }
 }
+
+/// Turns a loop until it stops: the look whether topics were replaced is answered on a thread of its own.
+///
+/// # Panics
+/// When it does not stop within a minute.
+pub fn stops(mut turn: impl FnMut() -> Result<(), Stopped>) -> Stopped {
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Err(stopped) = turn() {
+            return stopped;
+        }
+        assert!(std::time::Instant::now() < deadline, "it does not stop");
+        std::thread::yield_now();
+    }
+}

@@ -1,6 +1,6 @@
 //! What decide stages do where their topics, their cluster, their state or their offsets were replaced.
 
-use crate::common::{CHANGELOG, GROUP, INPUT, Loop, World};
+use crate::common::{CHANGELOG, GROUP, INPUT, Loop, World, stops};
 use std::time::Duration;
 use throughline_model::books::Books;
 use throughline_model::record::TopicPartition;
@@ -23,7 +23,7 @@ fn worked() -> World {
 }
 
 fn stop_of(running: &mut Loop) -> Stopped {
-    (0..10_000).find_map(|_| running.turn().err()).expect("it stops")
+    stops(|| running.turn())
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What the loop of load stages does, one behaviour a test, in virtual time.
 
-use crate::common::{Random, drive_until};
+use crate::common::{Random, drive_until, stops};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::outcome::{Outcome, Settled};
@@ -466,7 +466,7 @@ fn a_topic_that_is_replaced_under_a_running_loader_stops_it() {
     let (mut running, _) = world.start();
     world.settle(&mut running);
     world.cluster.recreate_topic(INPUT);
-    let stopped = (0..10_000).find_map(|_| running.turn().err()).expect("it stops");
+    let stopped = stops(|| running.turn());
     assert_eq!(stopped.code, codes::REPLACED);
     assert!(
         stopped.message.contains("throughline groups adopt load_things --topic device.thing.v1"),
