@@ -189,7 +189,7 @@ impl Cluster {
     }
 
     /// Starts every process again that the Kafka client library ended, as Kubernetes does, and says so: by
-    /// SIGSEGV, which only C code can meet, or by one of its assertions.
+    /// SIGSEGV, which only C code can meet, by one of its assertions, or by a call that does not come back.
     ///
     /// # Panics
     /// When a process ended by itself in any other way.
@@ -199,8 +199,9 @@ impl Cluster {
             let role = &mut self.roles[index];
             let Some(status) = role.process.status() else { continue };
             let (name, output) = (&role.name, role.process.output());
-            let is_assertion = status.signal() == Some(SIGABRT) && output.contains("rdkafka_");
-            let is_theirs = status.signal() == Some(SIGSEGV) || is_assertion;
+            let is_said =
+                output.contains("rdkafka_") || output.contains("the process ends, to be started again");
+            let is_theirs = status.signal() == Some(SIGSEGV) || (status.signal() == Some(SIGABRT) && is_said);
             assert!(is_theirs, "{name} ended: {status}\n{output}");
             eprintln!("{name} ended in librdkafka ({status}) and is started again");
             self.crashes += 1;

@@ -8,13 +8,20 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use throughline_telemetry::{TelemetryConfig, TelemetryGuard};
+use throughline_telemetry::{Health, TelemetryConfig, TelemetryGuard};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
 /// How long roles may take to commit what is in flight. Our Kubernetes files grant 45 s
 /// before it kills.
 const DRAIN_BUDGET: Duration = Duration::from_secs(25);
+
+/// How long a loop may hang before its process ends: as long as Kubernetes takes to act on `/healthz`, so that
+/// it is the same everywhere.
+const HANG_LIMIT: Duration = Duration::from_secs(135);
+/// How often it is looked at. Two looks in a row must agree: a process that was itself stopped for a while has
+/// turned again by the second one.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// Sets up logs, traces and the export of metrics.
 ///
@@ -85,6 +92,7 @@ pub fn serve_http(context: &Context) -> Result<Runtime, CliError> {
         ))
     })?;
     let health = context.health.clone();
+    runtime.spawn(end_when_a_loop_hangs(health.clone()));
     runtime.spawn(async move {
         if let Err(error) = throughline_telemetry::http::serve(listener, health, std::future::pending()).await
         {
@@ -92,6 +100,22 @@ pub fn serve_http(context: &Context) -> Result<Runtime, CliError> {
         }
     });
     Ok(runtime)
+}
+
+/// Ends the process when a role's loop hangs in a call that does not come back, as librdkafka's may when brokers
+/// come and go: only a new process gets out of that, and whoever supervises this one starts it. Nothing is
+/// lost, as by any kill.
+async fn end_when_a_loop_hangs(health: Health) {
+    let mut before = false;
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let hung = health.hung(HANG_LIMIT);
+        if before && !hung.is_empty() {
+            tracing::error!("the process ends, to be started again: {}", hung.join("; "));
+            std::process::abort();
+        }
+        before = !hung.is_empty();
+    }
 }
 
 /// Asks every role to end and waits for it within the budget.

@@ -73,6 +73,14 @@ impl Health {
         roles.values().filter_map(|role| role.stuck(self.0.stall_limit)).collect()
     }
 
+    /// Returns one sentence for each role whose loop has not turned for longer than `limit` although nothing
+    /// has stopped it: a call that it made does not come back.
+    pub fn hung(&self, limit: Duration) -> Vec<String> {
+        let roles = self.0.roles.lock();
+        let working = roles.values().filter(|role| role.0.said.lock().stopped.is_none());
+        working.filter_map(|role| role.stuck(limit)).collect()
+    }
+
     /// Returns one sentence for each role that cannot do its job; empty means ready. A process without
     /// roles is ready for nothing and says so.
     pub fn unready(&self) -> Vec<String> {
@@ -274,7 +282,9 @@ mod tests {
         let health = Health::new();
         let role = health.role("update_twin");
         role.ready(true, "");
+        assert_eq!((health.hung(Duration::ZERO).len(), health.hung(STALL_LIMIT).len()), (1, 0));
         role.stopped("TL-KAFKA-004: the offset was moved");
+        assert!(health.hung(Duration::ZERO).is_empty(), "a restart meets the same cause");
         assert_eq!(health.stuck(), ["role update_twin has stopped: TL-KAFKA-004: the offset was moved"]);
         assert_eq!(health.status()["ready"], false);
     }
