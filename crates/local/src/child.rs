@@ -384,7 +384,8 @@ mod tests {
         stranger.wait().unwrap();
 
         let noted = std::fs::read_to_string(dir.path().join("sleeper.pid")).unwrap();
-        assert!(leftover(&noted, dir.path()).is_some());
+        // The pid is told before the program has taken the shell's place.
+        wait_until("the program to show its name", || leftover(&noted, dir.path()).is_some());
         remove_leftover(&dir.path().join("sleeper.pid"), dir.path()).unwrap();
         assert!(leftover(&noted, dir.path()).is_none());
         drop(first);
