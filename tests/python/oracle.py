@@ -20,6 +20,7 @@ from journal import lane_path, read
 from plan import Load
 
 READINGS, CHECKED = "device.telemetry.v1", "data_core.reading.v1"
+ALERTS, ASIDE = "service_platform.alert.v1", "service_platform.alert.v1.notify-retry"
 OUTCOMES = ("emitted", "filtered", "ignored", "duplicate", "expired", "dead_lettered")
 
 
@@ -165,6 +166,17 @@ def poison_of(path):
     return values
 
 
+def told_alerts(path):
+    """Returns what a webhook took, by the key under which repeats are recognised: the contents that came under it."""
+    told = {}
+    with open(path, "rb") as file:
+        data = file.read()
+    for line in data[:data.rfind(b"\n") + 1].decode().splitlines():
+        key, state, site, device, alert = line.split(" ")
+        told.setdefault(key, set()).add((state, site, device, alert))
+    return told
+
+
 class Check:
     def __init__(self):
         self.failures = []
@@ -200,6 +212,7 @@ def main():
     parser.add_argument("--deadline", type=float, default=120)
     parser.add_argument("--journal", help="directory of the publisher's journal: what it says is acknowledged must be there")
     parser.add_argument("--poison", help="journal of poison.py")
+    parser.add_argument("--webhook", help="journal of receive.py")
     parser.add_argument("--deleted", action="store_true", help="retention has deleted records from the topics of readings")
     parser.add_argument("--mix", action="store_true", help="as publish.py")
     args = parser.parse_args()
@@ -240,7 +253,7 @@ def main():
         rows = int(store.query(f"SELECT count(*) FROM reading WHERE site_id IN {sites}")[0][0])
         twins = {(s, d): doc for s, d, doc in store.query(f"SELECT site_id, device_id, document FROM twin WHERE site_id IN {sites}")}
         stale = [k for k, (_position, values) in last.items() if k not in twins or reported(twins[k]) != values]
-        return rows >= wanted_rows and not stale and has_letters()
+        return rows >= wanted_rows and not stale and has_letters() and has_told()
 
     # Who reads what nobody can read.
     deciders = ("bridge_data", "evaluate_rules", "update_twin")
@@ -259,6 +272,15 @@ def main():
         counted = [kafka.books(group).get(READINGS, Counter())["dead_lettered"] for group in deciders]
         return (min(counted) >= poisoned.get(READINGS, 0)
                 and stored_books(CHECKED)["dead_lettered"] >= poisoned.get(CHECKED, 0))
+
+    def has_told():
+        """Says whether every alert was told, and `notify` has counted what it did about it."""
+        if not args.webhook:
+            return True
+        counted = {topic: sum(outcomes.values()) for topic, outcomes in kafka.books("notify").items()}
+        wanted = sum(raises.values()) + sum(clears.values())
+        return (len(told_alerts(args.webhook)) >= wanted and counted.get(ALERTS, 0) >= wanted
+                and counted.get(ASIDE, 0) >= len(kafka.read(ASIDE)))
 
     deadline = time.monotonic() + args.deadline
     while not settled() and time.monotonic() < deadline:
@@ -300,7 +322,7 @@ def main():
 
     for name in kafka.topics():
         known = name in {f"{topic}.{group}-dlt" for topic, groups in readers.items() for group in groups}
-        if name.endswith(("-dlt", "-parking", "-retry")) and not known and name != f"{READINGS}.bridge-dlt":
+        if name.endswith(("-dlt", "-parking", "-retry")) and not known and name not in (f"{READINGS}.bridge-dlt", ASIDE):
             check.equal(f"records in {name}", len(kafka.read(name)), 0)
 
     # Twins: the last reading of each device.
@@ -340,8 +362,25 @@ def main():
         check.equal("alerts cleared", cleared, clears)
         # The table holds one row an alert, however often it was told; the topic has each raise and clear once.
         if args.only_rule:
-            told = len(kafka.read("service_platform.alert.v1"))
-            check.equal("records on service_platform.alert.v1", told, sum(raises.values()) + sum(clears.values()))
+            records_told = len(kafka.read(ALERTS))
+            check.equal(f"records on {ALERTS}", records_told, sum(raises.values()) + sum(clears.values()))
+
+    # Notifications: each raise and clear at least once, repeats under the same key and with the same content.
+    if args.webhook:
+        told = told_alerts(args.webhook)
+        check.equal("keys under which different alerts were told", [k for k, v in told.items() if len(v) > 1][:5], [])
+        contents = Counter(content for found in told.values() for content in found)
+        check.equal("alerts told under several keys", [c for c, n in contents.items() if n > 1][:5], [])
+        for state, wanted in (("raised", raises), ("cleared", clears)):
+            by_device = Counter((site, device) for found, site, device, _alert in contents if found == state)
+            check.equal(f"alerts told as {state}", by_device, wanted)
+        counted = kafka.books("notify")
+        for topic in (ALERTS, ASIDE):
+            length = len(kafka.read(topic))
+            check.equal(f"notify: outcomes on {topic}", nonzero(counted.get(topic, Counter())),
+                        nonzero({"emitted": length}))
+    else:
+        check.equal(f"records in {ASIDE}", len(kafka.read(ASIDE)) if ASIDE in kafka.topics() else 0, 0)
 
     if check.failures:
         print("\n".join(f"DIFFERENCE {f[:2000]}" for f in check.failures))

@@ -79,7 +79,7 @@ class Load:
     start_us: int
     devices: int = 1000
     readings: int = 100_000
-    duplicates: float = 0.10
+    duplicates: float = 0.20
     garbage: float = 0.01
     # Whether some devices have wrong clocks, restart under an old epoch or a new one, or send out of order.
     mix: bool = False

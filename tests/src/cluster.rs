@@ -162,7 +162,7 @@ impl Cluster {
         command.envs(settings.iter().map(|(name, value)| (name, value)));
         command.args(["run", name, "--instance", instance]);
         command.env("THROUGHLINE_HTTP__LISTEN", format!("127.0.0.1:{port}"));
-        (Process::start(&mut command, self.log(name, instance, start)), port)
+        (Process::start(&command, self.log(name, instance, start)), port)
     }
 
     fn log(&self, name: &str, instance: &str, start: u32) -> PathBuf {
@@ -350,6 +350,18 @@ impl Cluster {
     pub fn wait_for_bridge(&self) {
         wait_for("the bridge", Duration::from_secs(60), || {
             std::net::TcpStream::connect(("127.0.0.1", self.mqtt_port)).ok()
+        });
+    }
+
+    /// Waits until the bridge is subscribed at an existing broker, which drops what nobody is subscribed to.
+    ///
+    /// # Panics
+    /// When it is not within a minute.
+    pub fn wait_for_subscription(&self) {
+        let role = self.roles.iter().find(|role| role.name == "bridge").expect("the role runs");
+        wait_for("the bridge's subscription", Duration::from_secs(60), || {
+            let status: serde_json::Value = serde_json::from_str(&get(role.http, "/v1/status").ok()?).ok()?;
+            (status["roles"]["bridge"]["dependencies"]["mqtt_broker"]["up"] == true).then_some(())
         });
     }
 

@@ -59,7 +59,8 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> O
     }
 }
 
-/// A child process with its output in a file; it is killed when dropped.
+/// A child process with its output in a file; it is killed when dropped, and on Linux when the thread that
+/// started it ends in whatever way.
 pub struct Process {
     child: Child,
     log: PathBuf,
@@ -70,10 +71,11 @@ impl Process {
     ///
     /// # Panics
     /// When it cannot be started.
-    pub fn start(command: &mut Command, log: PathBuf) -> Self {
+    pub fn start(command: &Command, log: PathBuf) -> Self {
         let out = File::create(&log).expect("the log file can be made");
         let err = out.try_clone().expect("a file handle can be cloned");
-        let child = command.stdin(Stdio::null()).stdout(out).stderr(err).spawn().expect("the command starts");
+        let mut bound = bound_to_us(command);
+        let child = bound.stdin(Stdio::null()).stdout(out).stderr(err).spawn().expect("the command starts");
         Self { child, log }
     }
 
@@ -126,6 +128,29 @@ impl Process {
     }
 }
 
+/// Returns the command that runs under the same pid and is killed when we are: util-linux' `setpriv` sets
+/// `PR_SET_PDEATHSIG` and becomes the program.
+fn bound_to_us(command: &Command) -> Command {
+    let mut bound = if cfg!(target_os = "linux") {
+        let mut setpriv = Command::new("setpriv");
+        setpriv.args(["--pdeathsig", "KILL"]).arg(command.get_program());
+        setpriv
+    } else {
+        Command::new(command.get_program())
+    };
+    bound.args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => bound.env(name, value),
+            None => bound.env_remove(name),
+        };
+    }
+    if let Some(directory) = command.get_current_dir() {
+        bound.current_dir(directory);
+    }
+    bound
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         if !self.has_ended() {
@@ -171,7 +196,7 @@ impl Platform {
         let _absent_is_fine = std::fs::remove_file(&file);
         let mut command = Command::new(binary());
         command.args(["up", "--no-demo", "--random-ports", "--data-dir"]).arg(&data).args(extra);
-        let mut process = Process::start(&mut command, directory.path().join("up.log"));
+        let mut process = Process::start(&command, directory.path().join("up.log"));
         let deadline = Instant::now() + READY_WITHIN;
         let endpoints = loop {
             if let Some(endpoints) =
@@ -357,7 +382,7 @@ impl Load {
         command.arg(root().join("tests/python/publish.py")).args(self.arguments());
         command.args(["--port", port, "--rate", &rate.to_string()]);
         command.args(["--deadline", &self.deadline.as_secs().to_string()]);
-        Process::start(&mut command, log)
+        Process::start(&command, log)
     }
 
     /// Compares Kafka and store with what was sent.

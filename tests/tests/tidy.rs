@@ -4,6 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
+use throughline_tests::chaos::journal;
 use throughline_tests::{binary, root, scenario_run, succeed};
 
 fn tracked_files() -> Vec<PathBuf> {
@@ -311,4 +312,20 @@ fn links_of_the_documents_lead_somewhere() {
             assert!(place.exists(), "{} links to `{target}`, which does not exist", path.display());
         }
     }
+}
+
+/// The page says what the journal says, nothing else; a note that a person adds to a run comes into it with
+/// `UPDATE_DOCS=1` as above.
+#[test]
+fn the_page_of_long_runs_is_made_of_their_journal() {
+    let page = journal::page(&journal::entries());
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(journal::page_file(), &page).expect("docs/ is writable");
+    }
+    let found = std::fs::read_to_string(journal::page_file()).expect("docs/reliability.md is there");
+    assert!(
+        found == page,
+        "docs/reliability.md is not what its journal makes; write it with `UPDATE_DOCS=1 cargo test -p \
+         throughline-tests --test tidy`"
+    );
 }

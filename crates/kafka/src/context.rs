@@ -4,7 +4,7 @@ use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 /// The context of clients that need nothing but logging.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,13 +40,14 @@ pub(crate) fn log_line(level: RDKafkaLogLevel, facility: &str, message: &str) {
 pub(crate) fn log_error(error: &KafkaError, reason: &str) {
     match error.rdkafka_error_code() {
         Some(RDKafkaErrorCode::PartitionEOF) => {}
-        // Each broker connection says this for itself, again and again, while Kafka is away.
+        // Each client and connection says these for itself, again and again, while Kafka is away; the dependency
+        // `kafka` says it once.
         Some(
             RDKafkaErrorCode::BrokerTransportFailure
             | RDKafkaErrorCode::Resolve
-            | RDKafkaErrorCode::OperationTimedOut,
+            | RDKafkaErrorCode::OperationTimedOut
+            | RDKafkaErrorCode::AllBrokersDown,
         ) => debug!("Kafka connection: {reason}"),
-        Some(RDKafkaErrorCode::AllBrokersDown) => info!("no Kafka broker can be reached: {reason}"),
         _ => warn!("Kafka client: {error}: {reason}"),
     }
 }

@@ -8,14 +8,19 @@ use std::time::Duration;
 use throughline_local::child::Fault;
 
 /// The roles of which a second instance may join.
-pub const STAGES: [&str; 5] =
-    ["evaluate_rules", "update_twin", "bridge_data", "load_warehouse", "project_twins"];
+pub const STAGES: [&str; 6] =
+    ["evaluate_rules", "update_twin", "bridge_data", "load_warehouse", "project_twins", "notify"];
+
+/// Every role that can be killed.
+pub fn roles() -> Vec<&'static str> {
+    ROLES.into_iter().chain(["notify"]).collect()
+}
 
 /// What is done, and to whom. What lasts is undone after the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Injection {
-    /// SIGKILL, then the same instance starts again.
-    KillRole(&'static str),
+    /// SIGKILL, then the same instance starts again: the second one where there are two.
+    KillRole(&'static str, &'static str),
     /// SIGSTOP for a time that may outlast the group's session, so that others take over, then SIGCONT.
     HangRole(&'static str, Duration),
     /// A second instance joins the group for a time.
@@ -48,6 +53,15 @@ pub enum Injection {
     RegistryAway(Duration),
     /// Every packet from and to a part is dropped; connections stay open and silent.
     DropPackets(Link, Duration),
+    /// The webhook does not answer: connections are taken and nothing comes back.
+    HangReceiver(Duration),
+    /// SIGKILL of the webhook, so that connections are refused, then another one goes on with its journal.
+    KillReceiver(Duration),
+    /// SIGSTOP of an existing MQTT broker.
+    HangMosquitto(Duration),
+    /// An orderly restart of an existing MQTT broker, which keeps its sessions. (Killed it forgets what it has
+    /// acknowledged since it saved them last: that promise is its own.)
+    RestartMosquitto,
     /// Another client takes over a publisher's client id.
     TakeOverSession,
     /// SIGKILL of the publishing devices, which go on by their journal.
@@ -61,7 +75,7 @@ pub enum Link {
     Kafka,
     /// Those of PostgreSQL.
     Database,
-    /// Those of the bridge's listener.
+    /// Those of the bridge's listener, or of an existing broker: from devices, and to the bridge.
     Mqtt,
     /// Those of the registry, which then hangs instead of refusing connections.
     Registry,
@@ -78,18 +92,24 @@ pub struct Means {
     pub may_drop: bool,
     /// Whether Kafka and PostgreSQL have disks that can be filled.
     pub small_disks: bool,
+    /// Whether devices publish to an existing broker.
+    pub has_mosquitto: bool,
+    /// Whether every stage has two instances.
+    pub is_doubled: bool,
 }
 
 impl Injection {
     /// Derives the next one of those that are possible: about four in ten are kills of roles, a fifth is done
     /// to Kafka.
     pub fn draw(random: &mut Random, means: Means) -> Self {
-        let any = random.one_of(&ROLES);
+        let any = random.one_of(&roles());
+        let instance =
+            if means.is_doubled && STAGES.contains(&any) { random.one_of(&["0", "1"]) } else { "0" };
         let stage = random.one_of(&STAGES);
         let broker = random.draw() as usize % means.brokers;
         let (server, several) = (means.has_server, means.brokers > 1);
         let choices = [
-            (36, true, Self::KillRole(any)),
+            (36, true, Self::KillRole(any, instance)),
             (4, true, Self::HangRole(any, random.pause(500, 9_000))),
             (4, true, Self::JoinAndLeave(stage, random.pause(2_000, 8_000))),
             (if several { 1 } else { 9 }, true, Self::KillKafka(random.pause(0, 4_000))),
@@ -100,7 +120,7 @@ impl Injection {
             (2, means.small_disks, Self::FillDiskOfKafka(random.pause(1_000, 8_000))),
             (2, server, Self::KillDatabase(random.pause(0, 4_000))),
             (2, server, Self::HangDatabase(random.pause(500, 12_000))),
-            (2, server, Self::SlowDatabase(random.pause(1_000, 8_000))),
+            (4, server, Self::SlowDatabase(random.pause(1_000, 8_000))),
             (2, server, Self::DeadlockDatabase(random.pause(1_000, 6_000))),
             (2, server, Self::ExhaustConnections(random.pause(1_500, 8_000))),
             (2, server && means.small_disks, Self::FillDiskOfDatabase(random.pause(1_000, 8_000))),
@@ -109,6 +129,10 @@ impl Injection {
             (2, means.may_drop && server, Self::DropPackets(Link::Database, random.pause(500, 12_000))),
             (2, means.may_drop, Self::DropPackets(Link::Registry, random.pause(500, 9_000))),
             (3, true, Self::RegistryAway(random.pause(500, 6_000))),
+            (2, true, Self::HangReceiver(random.pause(500, 12_000))),
+            (2, true, Self::KillReceiver(random.pause(0, 6_000))),
+            (4, means.has_mosquitto, Self::HangMosquitto(random.pause(500, 9_000))),
+            (4, means.has_mosquitto, Self::RestartMosquitto),
             (3, true, Self::TakeOverSession),
             (2, true, Self::KillPublisher),
         ];
@@ -127,7 +151,7 @@ impl Injection {
     /// Returns what the journal counts it as.
     pub fn name(&self) -> String {
         match self {
-            Self::KillRole(role) => format!("kill {role}"),
+            Self::KillRole(role, _) => format!("kill {role}"),
             Self::HangRole(role, _) => format!("hang {role}"),
             Self::JoinAndLeave(role, _) => format!("join and leave {role}"),
             Self::KillKafka(_) => "kill kafka".to_owned(),
@@ -144,8 +168,39 @@ impl Injection {
             Self::FillDiskOfDatabase(_) => "disk of database full".to_owned(),
             Self::RegistryAway(_) => "registry away".to_owned(),
             Self::DropPackets(link, _) => format!("drop packets of {link:?}").to_lowercase(),
+            Self::HangReceiver(_) => "hang webhook".to_owned(),
+            Self::KillReceiver(_) => "kill webhook".to_owned(),
+            Self::HangMosquitto(_) => "hang mosquitto".to_owned(),
+            Self::RestartMosquitto => "restart mosquitto".to_owned(),
             Self::TakeOverSession => "session taken over".to_owned(),
             Self::KillPublisher => "kill publisher".to_owned(),
+        }
+    }
+
+    /// Returns which part it is done to, as a diagnosis would have to name it: a role, a service, a link, or the
+    /// edge.
+    pub fn part(&self) -> String {
+        match self {
+            Self::KillRole(role, _) | Self::HangRole(role, _) | Self::JoinAndLeave(role, _) => {
+                (*role).to_owned()
+            }
+            Self::KillKafka(_)
+            | Self::HangKafka(_)
+            | Self::KillBroker(..)
+            | Self::HangBroker(..)
+            | Self::RestartBroker(_)
+            | Self::FillDiskOfKafka(_) => "kafka".to_owned(),
+            Self::KillDatabase(_)
+            | Self::HangDatabase(_)
+            | Self::SlowDatabase(_)
+            | Self::DeadlockDatabase(_)
+            | Self::ExhaustConnections(_)
+            | Self::FillDiskOfDatabase(_) => "database".to_owned(),
+            Self::RegistryAway(_) => "registry".to_owned(),
+            Self::DropPackets(link, _) => format!("link to {link:?}").to_lowercase(),
+            Self::HangReceiver(_) | Self::KillReceiver(_) => "webhook".to_owned(),
+            Self::HangMosquitto(_) | Self::RestartMosquitto => "mqtt_broker".to_owned(),
+            Self::TakeOverSession | Self::KillPublisher => "edge".to_owned(),
         }
     }
 
@@ -155,10 +210,7 @@ impl Injection {
     /// When a part does not start again, or it is not possible with this rig.
     pub fn carry_out(self, rig: &mut Rig) {
         match self {
-            Self::KillRole(name) => {
-                let role = ROLES.iter().position(|role| *role == name).expect("a role of the list");
-                rig.cluster.kill_and_restart(role);
-            }
+            Self::KillRole(name, instance) => rig.cluster.kill_and_restart_instance(name, instance),
             Self::HangRole(name, pause) => {
                 rig.cluster.signal(name, "STOP");
                 std::thread::sleep(pause);
@@ -179,6 +231,22 @@ impl Injection {
                 std::thread::sleep(pause);
                 drop(wall);
             }
+            Self::HangReceiver(pause) => {
+                rig.receiver.signal("STOP");
+                std::thread::sleep(pause);
+                rig.receiver.signal("CONT");
+            }
+            Self::KillReceiver(pause) => {
+                rig.receiver.kill();
+                std::thread::sleep(pause);
+                rig.start_receiver();
+            }
+            Self::HangMosquitto(pause) => {
+                rig.mosquitto().fault(Fault::Stop);
+                std::thread::sleep(pause);
+                rig.mosquitto().fault(Fault::Continue);
+            }
+            Self::RestartMosquitto => rig.mosquitto().restart().expect("Mosquitto starts again on its data"),
             Self::TakeOverSession => rig.take_over_session(),
             Self::KillPublisher => rig.kill_publisher(),
             kafka @ (Self::KillKafka(_)

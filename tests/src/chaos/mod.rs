@@ -3,12 +3,13 @@
 mod database;
 mod disk;
 mod injection;
+pub mod journal;
 mod plan;
 mod rig;
 mod wall;
 
-pub use injection::{Injection, Link, Means};
-pub use plan::Plan;
+pub use injection::{Injection, Link, Means, roles};
+pub use plan::{Plan, Told};
 pub use rig::Rig;
 
 use std::time::Duration;

@@ -1,13 +1,12 @@
 //! What a run does to the platform.
 
 use super::Random;
-use super::injection::{Injection, Link, STAGES};
+use super::injection::{Injection, Link, STAGES, roles};
 use super::rig::Rig;
-use crate::cluster::ROLES;
 use crate::{root, wait_for};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The retention that readings have where they must be gone within the run.
 const SHORT_RETENTION: &str = "20s";
@@ -29,6 +28,22 @@ pub enum Plan {
     Backlog,
     /// Readings are gone by retention when stages get their partitions anew.
     IdlePastRetention,
+}
+
+/// What is told of a fault.
+#[derive(Clone, Copy, Debug)]
+pub enum Told {
+    /// It begins.
+    Begins(Injection),
+    /// It is undone; the platform may need longer.
+    Ended {
+        /// What was done.
+        injection: Injection,
+        /// When it began, by this machine's clock.
+        began: SystemTime,
+        /// When it was undone.
+        ended: SystemTime,
+    },
 }
 
 /// The plans that have a name, with the number that stands for their seed.
@@ -101,6 +116,16 @@ impl Plan {
         matches!(self, Self::Seed(seed, _) if *seed >= 30 && seed.is_multiple_of(3))
     }
 
+    /// Says whether devices publish to a Mosquitto, from which the bridge reads.
+    pub fn has_mosquitto(&self) -> bool {
+        matches!(self, Self::Seed(seed, _) if *seed >= 40 && seed % 5 == 3)
+    }
+
+    /// Says whether stages are members by the protocol of before KIP-848, with static membership.
+    pub fn is_classic(&self) -> bool {
+        matches!(self, Self::Seed(seed, _) if *seed >= 40 && seed % 5 == 1)
+    }
+
     /// Says whether it needs disks that can be filled.
     pub fn fills_disks(&self) -> bool {
         matches!(self, Self::Seed(..))
@@ -133,6 +158,9 @@ impl Plan {
             settings.push(("THROUGHLINE_KAFKA__REPLICATION".to_owned(), "3".to_owned()));
             settings.push(("THROUGHLINE_KAFKA__MIN_INSYNC".to_owned(), "2".to_owned()));
         }
+        if self.is_classic() {
+            settings.push(("THROUGHLINE_KAFKA__GROUP_PROTOCOL".to_owned(), "classic".to_owned()));
+        }
         if *self == Self::IdlePastRetention {
             let topics = directory.join("topics");
             write_short_retention(&topics).expect("the scratch directory is writable");
@@ -146,18 +174,20 @@ impl Plan {
         if *self == Self::IdlePastRetention { &["--deleted"] } else { &[] }
     }
 
-    /// Does it all, starting again what crashed, telling each fault to `tell`, and returns how often each was
-    /// done.
+    /// Does it all, starting again what crashed, telling each fault to `tell` before and after, and returns how
+    /// often each was done.
     ///
     /// # Panics
     /// As [`Injection::carry_out`], and where packets must be dropped and cannot be.
-    pub fn carry_out(&self, rig: &mut Rig, mut tell: impl FnMut(&Injection)) -> BTreeMap<String, u64> {
+    pub fn carry_out(&self, rig: &mut Rig, mut tell: impl FnMut(Told)) -> BTreeMap<String, u64> {
         let mut counts = BTreeMap::new();
         let mut random = Random(self.seed());
         let means = rig.means();
         let mut inject = |injection: Injection, rig: &mut Rig| {
-            tell(&injection);
+            tell(Told::Begins(injection));
+            let began = SystemTime::now();
             injection.carry_out(rig);
+            tell(Told::Ended { injection, began, ended: SystemTime::now() });
             rig.cluster.start_what_crashed();
             *counts.entry(injection.name()).or_default() += 1;
         };
@@ -204,7 +234,7 @@ impl Plan {
                 wait_for("the end of the readings' retention", Duration::from_secs(180), || {
                     rig.cluster.is_emptied(readings).then_some(())
                 });
-                (0..ROLES.len()).for_each(|role| inject(Injection::KillRole(ROLES[role]), rig));
+                roles().into_iter().for_each(|role| inject(Injection::KillRole(role, "0"), rig));
                 STAGES.iter().for_each(|stage| {
                     inject(Injection::JoinAndLeave(stage, Duration::from_secs(2)), rig);
                 });

@@ -13,8 +13,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use throughline_local::kafka::KafkaOptions;
+use throughline_local::mosquitto::{ManagedMosquitto, MosquittoOptions};
 use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
-use throughline_local::scratch_dir;
+use throughline_local::{ports, scratch_dir};
 
 /// Distinct readings a second: enough that every fault meets work in every role, little enough that two cores
 /// keep up while processes start again.
@@ -34,6 +35,11 @@ pub struct Rig {
     publishers: u32,
     rate: u32,
     poisoner: Process,
+    pub(super) receiver: Process,
+    receiver_port: u16,
+    receivers: u32,
+    mosquitto: Option<ManagedMosquitto>,
+    is_doubled: bool,
     kafka_disk: Option<SmallDisk>,
     database_disk: Option<SmallDisk>,
     _scratch: TempDir,
@@ -61,24 +67,44 @@ impl Rig {
             ManagedPostgres::start(options).expect("PostgreSQL starts")
         });
         let url = database.as_ref().map(ManagedPostgres::url);
-        let settings = plan.settings(directory.path());
+        let mut settings = plan.settings(directory.path());
+        let receiver_port = ports::free().expect("a free port");
+        let webhook = format!("http://127.0.0.1:{receiver_port}/alerts");
+        settings.push(("THROUGHLINE_NOTIFY__WEBHOOK_URL".to_owned(), webhook));
+        let mosquitto = plan.has_mosquitto().then(|| {
+            let options = MosquittoOptions::new(directory.path().join("mosquitto"));
+            ManagedMosquitto::start(options).expect("Mosquitto starts")
+        });
+        if let Some(broker) = &mosquitto {
+            settings.push(("THROUGHLINE_MQTT__LISTEN".to_owned(), String::new()));
+            let url = format!("mqtt://{}", broker.addr());
+            settings.push(("THROUGHLINE_MQTT__EXTERNAL_URL".to_owned(), url));
+        }
         let settings: Vec<_> = settings.iter().map(|(name, value)| (&**name, &**value)).collect();
         let mut cluster = Cluster::start_on(directory, (&options, nodes), url.as_deref(), &settings);
+        let receiver = receive(&cluster, receiver_port, 1);
         cluster.add_roles();
+        cluster.add("notify", "0");
         if plan.is_doubled() {
             STAGES.iter().for_each(|stage| cluster.add(stage, "1"));
         }
         let rule = root().join("demo/rules/demo-overheat.toml").display().to_string();
         let applied = cluster.command(&["rules", "apply", &rule]);
         assert!(applied.status.success(), "{}", said(&applied));
-        cluster.wait_for_bridge();
+        if mosquitto.is_some() {
+            cluster.wait_for_subscription();
+        } else {
+            cluster.wait_for_bridge();
+        }
 
         let mut load = Load::new(plan.seed(), RATE * plan.time().as_secs() * 9 / 10, 400);
         load.deadline = plan.time() * 2 + Duration::from_secs(240);
         load.mix = true;
         load.begin_now();
-        let rate = (RATE * 111 / 100) as u32;
-        let publisher = load.publish(&cluster.mqtt_port(), rate, cluster.scratch().join("publish.log"));
+        // With what is sent twice and what is no reading.
+        let rate = (RATE * 121 / 100) as u32;
+        let port = mosquitto.as_ref().map_or_else(|| cluster.mqtt_port(), |broker| broker.port().to_string());
+        let publisher = load.publish(&port, rate, cluster.scratch().join("publish.log"));
         let poisoner = poison(&cluster, &load, plan);
         Self {
             cluster,
@@ -88,6 +114,11 @@ impl Rig {
             publishers: 1,
             rate,
             poisoner,
+            receiver,
+            receiver_port,
+            receivers: 1,
+            mosquitto,
+            is_doubled: plan.is_doubled(),
             kafka_disk,
             database_disk,
             _scratch: scratch,
@@ -101,7 +132,23 @@ impl Rig {
             brokers: self.cluster.kafka.nodes(),
             may_drop: Wall::is_permitted(),
             small_disks: self.kafka_disk.is_some() && self.database.is_some() == self.database_disk.is_some(),
+            has_mosquitto: self.mosquitto.is_some(),
+            is_doubled: self.is_doubled,
         }
+    }
+
+    /// Returns the port that devices publish to.
+    fn mqtt_port(&self) -> String {
+        self.mosquitto.as_ref().map_or_else(|| self.cluster.mqtt_port(), |broker| broker.port().to_string())
+    }
+
+    pub(super) fn mosquitto(&mut self) -> &mut ManagedMosquitto {
+        self.mosquitto.as_mut().expect("drawn only where there is one")
+    }
+
+    pub(super) fn start_receiver(&mut self) {
+        self.receivers += 1;
+        self.receiver = receive(&self.cluster, self.receiver_port, self.receivers);
     }
 
     pub(super) fn ports(&self, link: Link) -> Vec<u16> {
@@ -109,7 +156,7 @@ impl Rig {
             Link::Kafka => self.cluster.kafka.ports(),
             Link::Database => self.database.iter().map(ManagedPostgres::port).collect(),
             Link::Registry => vec![self.cluster.registry_port()],
-            Link::Mqtt => vec![self.cluster.mqtt_port().parse().expect("a port is a number")],
+            Link::Mqtt => vec![self.mqtt_port().parse().expect("a port is a number")],
         }
     }
 
@@ -158,7 +205,7 @@ impl Rig {
         let mut packet = vec![0x10, 12 + id.len() as u8];
         packet.extend([0, 4, b'M', b'Q', b'T', b'T', 4, 0, 0, 30, 0, id.len() as u8]);
         packet.extend(id.as_bytes());
-        let port: u16 = self.cluster.mqtt_port().parse().expect("a port is a number");
+        let port: u16 = self.mqtt_port().parse().expect("a port is a number");
         let answered = TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
             stream.set_read_timeout(Some(Duration::from_secs(5)))?;
             stream.write_all(&packet)?;
@@ -183,7 +230,7 @@ impl Rig {
     pub fn start_publisher(&mut self) {
         self.publishers += 1;
         let log = self.cluster.scratch().join(format!("publish-{}.log", self.publishers));
-        self.publisher = self.load.publish(&self.cluster.mqtt_port(), self.rate, log);
+        self.publisher = self.load.publish(&self.mqtt_port(), self.rate, log);
     }
 
     /// Waits for the end of all that is written, starting again what crashes meanwhile, and returns the
@@ -214,10 +261,23 @@ impl Rig {
     pub fn compare(&self, extra: &[&str]) -> Result<(), String> {
         let kafka = self.cluster.kafka.bootstrap();
         let poison = poison_journal(&self.cluster);
-        let arguments =
-            ["--threshold", "90", "--only-rule", "--redelivery", "--deadline", "240", "--poison", &poison];
+        let webhook = receiver_journal(&self.cluster);
+        let arguments = ["--threshold", "90", "--only-rule", "--redelivery", "--deadline", "240"];
+        let arguments = [&arguments[..], &["--poison", &poison, "--webhook", &webhook]].concat();
         self.load.compare(&kafka, self.cluster.database(), &[&arguments[..], extra].concat())
     }
+}
+
+fn receiver_journal(cluster: &Cluster) -> String {
+    cluster.scratch().join("receiver.journal").display().to_string()
+}
+
+/// Starts a webhook that goes on with the journal of the one before.
+fn receive(cluster: &Cluster, port: u16, number: u32) -> Process {
+    let mut command = Command::new(python());
+    command.arg(root().join("tests/python/receive.py"));
+    command.args(["--port", &port.to_string(), "--journal", &receiver_journal(cluster)]);
+    Process::start(&command, cluster.scratch().join(format!("receive-{number}.log")))
 }
 
 fn poison_journal(cluster: &Cluster) -> String {
@@ -234,5 +294,5 @@ fn poison(cluster: &Cluster, load: &Load, plan: &Plan) -> Process {
     command.args(["--seed", &load.seed.to_string(), "--count", &count.to_string()]);
     command.args(["--rate", &format!("{rate:.2}"), "--deadline", &load.deadline.as_secs().to_string()]);
     command.args(["--journal", &poison_journal(cluster)]);
-    Process::start(&mut command, cluster.scratch().join("poison.log"))
+    Process::start(&command, cluster.scratch().join("poison.log"))
 }
