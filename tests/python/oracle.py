@@ -20,6 +20,7 @@ from journal import lane_path, read
 from plan import Load
 
 READINGS, CHECKED = "device.telemetry.v1", "data_core.reading.v1"
+REPLAYED, REPLAY = "device.telemetry.v1.bridge_data-dlt", "device.telemetry.v1.bridge_data-replay"
 ALERTS, ASIDE = "service_platform.alert.v1", "service_platform.alert.v1.notify-retry"
 OUTCOMES = ("emitted", "filtered", "ignored", "duplicate", "expired", "dead_lettered")
 
@@ -177,6 +178,26 @@ def told_alerts(path):
     return told
 
 
+def check_replays(check, kafka, poison, replays):
+    """Holds letters that were replayed in vain, again and again, against what was replayed: each was sent once for
+    each request that covered it, and became one letter."""
+
+    def by_count(topic):
+        found = Counter()
+        for _key, value, headers in kafka.read(topic):
+            found[value, int(headers.get("tl-replay-count", b"0"))] += 1
+        return found
+
+    letters, sent = by_count(REPLAYED), by_count(REPLAY)
+    check.equal(f"letters in {REPLAYED} before any replay", Counter({v: n for (v, k), n in letters.items() if k == 0}), poison)
+    check.equal(f"records in {REPLAY}", sum(sent.values()), replays)
+    check.equal("letters of replays", Counter({key: n for key, n in letters.items() if key[1] > 0}), sent)
+    doubled = [key for key, n in sent.items() if n > letters[key[0], key[1] - 1]]
+    check.equal("letters that were replayed more than once", doubled[:5], [])
+    counted = kafka.books("bridge_data").get(REPLAY, Counter())
+    check.equal(f"bridge_data: outcomes on {REPLAY}", nonzero(counted), nonzero({"dead_lettered": replays}))
+
+
 class Check:
     def __init__(self):
         self.failures = []
@@ -212,6 +233,7 @@ def main():
     parser.add_argument("--deadline", type=float, default=120)
     parser.add_argument("--journal", help="directory of the publisher's journal: what it says is acknowledged must be there")
     parser.add_argument("--poison", help="journal of poison.py")
+    parser.add_argument("--replays", type=int, help="replays of letters of bridge_data that were asked for and done")
     parser.add_argument("--webhook", help="journal of receive.py")
     parser.add_argument("--deleted", action="store_true", help="retention has deleted records from the topics of readings")
     parser.add_argument("--mix", action="store_true", help="as publish.py")
@@ -253,7 +275,7 @@ def main():
         rows = int(store.query(f"SELECT count(*) FROM reading WHERE site_id IN {sites}")[0][0])
         twins = {(s, d): doc for s, d, doc in store.query(f"SELECT site_id, device_id, document FROM twin WHERE site_id IN {sites}")}
         stale = [k for k, (_position, values) in last.items() if k not in twins or reported(twins[k]) != values]
-        return rows >= wanted_rows and not stale and has_letters() and has_told()
+        return rows >= wanted_rows and not stale and has_letters() and has_told() and has_replayed()
 
     # Who reads what nobody can read.
     deciders = ("bridge_data", "evaluate_rules", "update_twin")
@@ -267,6 +289,9 @@ def main():
         ):
             sums.update(dict(zip(OUTCOMES, json.loads(books)["n"])))
         return sums
+
+    def has_replayed():
+        return sum(kafka.books("bridge_data").get(REPLAY, Counter()).values()) >= (args.replays or 0)
 
     def has_letters():
         counted = [kafka.books(group).get(READINGS, Counter())["dead_lettered"] for group in deciders]
@@ -315,7 +340,9 @@ def main():
             name = f"{topic}.{group}-dlt"
             found_letters = Counter(value for _k, value, _h in kafka.read(name))
             wanted = poison.get(topic, Counter())
-            if group == "load_warehouse":
+            if args.replays is not None and name == REPLAYED:
+                check_replays(check, kafka, wanted, args.replays)
+            elif group == "load_warehouse":
                 check.equal(f"letters in {name}", set(found_letters), set(wanted))
             else:
                 check.equal(f"letters in {name}", found_letters, wanted)

@@ -40,7 +40,8 @@ fn run(plan: &Plan) -> Value {
         }
     });
     let report = rig.finish();
-    let compared = rig.compare(plan.oracle());
+    let extra = plan.oracle(&rig);
+    let compared = rig.compare(&extra.iter().map(String::as_str).collect::<Vec<_>>());
     if let Err(differences) = &compared {
         say(&format!("{differences}\nthe roles said:\n{}", rig.cluster.logs()));
         say(&format!("Kafka's data and the logs stay in {}", rig.cluster.keep_scratch().display()));

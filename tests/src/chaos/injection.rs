@@ -79,6 +79,8 @@ pub enum Link {
     Mqtt,
     /// Those of the registry, which then hangs instead of refusing connections.
     Registry,
+    /// Those of the webhook.
+    Webhook,
 }
 
 /// What a rig and this machine allow.
@@ -128,6 +130,7 @@ impl Injection {
             (2, means.may_drop, Self::DropPackets(Link::Mqtt, random.pause(500, 12_000))),
             (2, means.may_drop && server, Self::DropPackets(Link::Database, random.pause(500, 12_000))),
             (2, means.may_drop, Self::DropPackets(Link::Registry, random.pause(500, 9_000))),
+            (2, means.may_drop, Self::DropPackets(Link::Webhook, random.pause(500, 9_000))),
             (3, true, Self::RegistryAway(random.pause(500, 6_000))),
             (2, true, Self::HangReceiver(random.pause(500, 12_000))),
             (2, true, Self::KillReceiver(random.pause(0, 6_000))),

@@ -5,6 +5,7 @@ mod disk;
 mod injection;
 pub mod journal;
 mod plan;
+mod replays;
 mod rig;
 mod wall;
 

@@ -2,6 +2,7 @@
 
 use super::Random;
 use super::injection::{Injection, Link, STAGES, roles};
+use super::replays;
 use super::rig::Rig;
 use crate::{root, wait_for};
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ pub enum Plan {
     KafkaAway,
     /// Stages are stopped for two minutes and come back to a backlog.
     Backlog,
+    /// Dead letters are replayed in vain, again and again, while who replays and who refuses them is killed.
+    Replays,
     /// Readings are gone by retention when stages get their partitions anew.
     IdlePastRetention,
 }
@@ -47,13 +50,14 @@ pub enum Told {
 }
 
 /// The plans that have a name, with the number that stands for their seed.
-const NAMED: [(&str, Plan, u64); 6] = [
+const NAMED: [(&str, Plan, u64); 7] = [
     ("database_down", Plan::DatabaseDown, 1_000),
     ("rebalance_storm", Plan::RebalanceStorm, 1_002),
     ("kafka_unreachable", Plan::KafkaUnreachable, 1_004),
     ("kafka_away", Plan::KafkaAway, 1_006),
     ("backlog", Plan::Backlog, 1_008),
     ("idle_past_retention", Plan::IdlePastRetention, 1_010),
+    ("replays", Plan::Replays, 1_012),
 ];
 
 impl Plan {
@@ -93,7 +97,7 @@ impl Plan {
         Duration::from_secs(match self {
             Self::Seed(_, minutes) => 60 * minutes,
             Self::DatabaseDown | Self::RebalanceStorm => 640,
-            Self::KafkaUnreachable => 240,
+            Self::KafkaUnreachable | Self::Replays => 240,
             Self::KafkaAway => 400,
             Self::Backlog => 180,
             Self::IdlePastRetention => 60,
@@ -169,9 +173,16 @@ impl Plan {
         settings
     }
 
-    /// Returns what the oracle must know of it.
-    pub fn oracle(&self) -> &'static [&'static str] {
-        if *self == Self::IdlePastRetention { &["--deleted"] } else { &[] }
+    /// Returns what the oracle must know of it, once every request that it made is done.
+    ///
+    /// # Panics
+    /// When one is not done in time.
+    pub fn oracle(&self, rig: &Rig) -> Vec<String> {
+        match self {
+            Self::IdlePastRetention => vec!["--deleted".to_owned()],
+            Self::Replays => vec!["--replays".to_owned(), replays::wait_for_all(&rig.cluster).to_string()],
+            _ => Vec::new(),
+        }
     }
 
     /// Does it all, starting again what crashed, telling each fault to `tell` before and after, and returns how
@@ -226,6 +237,21 @@ impl Plan {
                 std::thread::sleep(Duration::from_secs(120));
                 STAGES.iter().for_each(|stage| rig.cluster.add(stage, "0"));
                 counts.insert("stages stopped for two minutes".to_owned(), 1);
+            }
+            Self::Replays => {
+                lead();
+                let mut asked = 0;
+                while Instant::now() < end {
+                    for _ in 0..random.between(2, 5) {
+                        std::thread::sleep(random.pause(200, 3_000));
+                        inject(replays::draw(&mut random), rig);
+                    }
+                    if asked < replays::MOST {
+                        replays::ask(&rig.cluster);
+                        asked += 1;
+                    }
+                }
+                counts.insert("replays of all letters asked for".to_owned(), asked);
             }
             Self::IdlePastRetention => {
                 std::thread::sleep(self.time() / 3);

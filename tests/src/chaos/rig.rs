@@ -156,6 +156,7 @@ impl Rig {
             Link::Kafka => self.cluster.kafka.ports(),
             Link::Database => self.database.iter().map(ManagedPostgres::port).collect(),
             Link::Registry => vec![self.cluster.registry_port()],
+            Link::Webhook => vec![self.receiver_port],
             Link::Mqtt => vec![self.mqtt_port().parse().expect("a port is a number")],
         }
     }
