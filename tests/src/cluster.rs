@@ -203,7 +203,11 @@ impl Cluster {
                 output.contains("rdkafka_") || output.contains("the process ends, to be started again");
             let is_theirs = status.signal() == Some(SIGSEGV) || (status.signal() == Some(SIGABRT) && is_said);
             assert!(is_theirs, "{name} ended: {status}\n{output}");
-            eprintln!("{name} ended in librdkafka ({status}) and is started again");
+            let said = output
+                .lines()
+                .rev()
+                .find(|line| line.contains("rdkafka_") || line.contains("the process ends"));
+            eprintln!("{name} ended in librdkafka ({status}) and is started again: {}", said.unwrap_or("-"));
             self.crashes += 1;
             self.start_again(index);
         }
