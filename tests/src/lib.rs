@@ -6,6 +6,7 @@ pub mod scenario_run;
 
 use serde_json::Value;
 use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -393,11 +394,46 @@ impl Load {
     /// # Panics
     /// When the oracle cannot be run.
     pub fn compare(&self, kafka: &str, database: &str, extra: &[&str]) -> Result<(), String> {
+        self.compare_while(kafka, database, extra, || {})
+    }
+
+    /// As [`Load::compare`], calling `meanwhile` again and again until the oracle has ended.
+    ///
+    /// # Errors
+    /// As [`Load::compare`].
+    ///
+    /// # Panics
+    /// When the oracle cannot be run.
+    #[expect(clippy::print_stderr, reason = "a comparison that was begun again should not be hidden")]
+    pub fn compare_while(
+        &self,
+        kafka: &str,
+        database: &str,
+        extra: &[&str],
+        mut meanwhile: impl FnMut(),
+    ) -> Result<(), String> {
         let mut command = Command::new(python());
         command.arg(root().join("tests/python/oracle.py")).args(self.arguments());
         command.args(["--kafka", kafka, "--database", database]).args(extra);
-        let output = command.output().expect("the oracle runs");
-        if output.status.success() { Ok(()) } else { Err(format!("seed {}:\n{}", self.seed, said(&output))) }
+        let log = self.journal.path().join("oracle.log");
+        // It only reads. A signal that ends it comes from the client library below it, which is librdkafka too.
+        let mut attempts = 3;
+        loop {
+            let mut oracle = Process::start(&command, log.clone());
+            let status = loop {
+                if let Some(status) = oracle.status() {
+                    break status;
+                }
+                meanwhile();
+                std::thread::sleep(Duration::from_millis(200));
+            };
+            attempts -= 1;
+            match status.signal() {
+                Some(signal) if attempts > 0 => eprintln!("signal {signal} ended the oracle: once more"),
+                _ if status.success() => return Ok(()),
+                _ => return Err(format!("seed {}: {status}\n{}", self.seed, oracle.output())),
+            }
+        }
     }
 
     /// As [`Load::compare`], for tests that end there.

@@ -1,6 +1,8 @@
-//! What other users of a PostgreSQL do to it.
+//! What other users of a database do to it.
 
-use std::process::{Command, Stdio};
+use crate::python;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use throughline_local::child::Fault;
 use throughline_local::postgres::ManagedPostgres;
@@ -23,6 +25,46 @@ pub fn slow_down(server: &mut ManagedPostgres, time: Duration) {
         std::thread::sleep(Duration::from_millis(150));
         server.fault(Fault::Continue);
         std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A lock that nobody of ours can write past; it ends with this value.
+pub struct Lock {
+    holder: Child,
+}
+
+/// Takes what every writer needs first: the positions of load stages, in SQLite the database.
+///
+/// # Panics
+/// When it cannot be had.
+pub fn lock(url: &str) -> Lock {
+    let mut command = if let Some(path) = url.strip_prefix("sqlite:") {
+        let script = "import sqlite3,sys\ndb=sqlite3.connect(sys.argv[1],timeout=30,isolation_level=None)\n\
+                      db.execute('BEGIN IMMEDIATE')\nprint('locked',flush=True)\nsys.stdin.read()";
+        let mut python = Command::new(python());
+        python.args(["-c", script, path.trim_start_matches("//")]);
+        python
+    } else {
+        // After our commands psql reads on from us, and we say nothing more.
+        let script = "{ echo 'BEGIN; LOCK TABLE stage_offset IN ACCESS EXCLUSIVE MODE;'; echo '\\echo locked'; cat; } \
+                      | psql --no-psqlrc --quiet -v ON_ERROR_STOP=1 \"$0\"";
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script, url]);
+        shell
+    };
+    let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a client exists");
+    let mut line = String::new();
+    let told = BufReader::new(holder.stdout.take().expect("it was asked for a pipe")).read_line(&mut line);
+    assert!(told.is_ok() && line.trim() == "locked", "no lock in {url}: {line}");
+    Lock { holder }
+}
+
+impl Drop for Lock {
+    /// The holder reads the end of its input and goes, and its transaction with it.
+    fn drop(&mut self) {
+        drop(self.holder.stdin.take());
+        let ended = self.holder.wait();
+        assert!(ended.is_ok() || std::thread::panicking(), "the holder of a lock cannot be waited for");
     }
 }
 

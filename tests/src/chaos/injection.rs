@@ -37,6 +37,11 @@ pub enum Injection {
     RestartBroker(usize),
     /// A broker's disk is full.
     FillDiskOfKafka(Duration),
+    /// SIGKILL of the bridge while every broker hangs, so that it holds publishes that Kafka has not taken.
+    KillBridgeBeforeKafka(Duration),
+    /// SIGSTOP of a loader that waits for a lock with rows in its hand, long enough that others take over its
+    /// partitions; it goes on where it stood.
+    HangLoaderWithRows(Duration),
     /// SIGKILL of PostgreSQL, then a start on its data.
     KillDatabase(Duration),
     /// SIGSTOP of PostgreSQL.
@@ -120,6 +125,8 @@ impl Injection {
             (6, several, Self::HangBroker(broker, random.pause(500, 9_000))),
             (3, several, Self::RestartBroker(broker)),
             (2, means.small_disks, Self::FillDiskOfKafka(random.pause(1_000, 8_000))),
+            (2, true, Self::KillBridgeBeforeKafka(random.pause(500, 5_000))),
+            (2, true, Self::HangLoaderWithRows(random.pause(7_000, 9_000))),
             (2, server, Self::KillDatabase(random.pause(0, 4_000))),
             (2, server, Self::HangDatabase(random.pause(500, 12_000))),
             (4, server, Self::SlowDatabase(random.pause(1_000, 8_000))),
@@ -163,6 +170,8 @@ impl Injection {
             Self::HangBroker(..) => "hang one broker of three".to_owned(),
             Self::RestartBroker(_) => "restart one broker of three".to_owned(),
             Self::FillDiskOfKafka(_) => "disk of kafka full".to_owned(),
+            Self::KillBridgeBeforeKafka(_) => "kill bridge while kafka hangs".to_owned(),
+            Self::HangLoaderWithRows(_) => "hang load_warehouse with rows in its hand".to_owned(),
             Self::KillDatabase(_) => "kill database".to_owned(),
             Self::HangDatabase(_) => "hang database".to_owned(),
             Self::SlowDatabase(_) => "slow database".to_owned(),
@@ -192,7 +201,9 @@ impl Injection {
             | Self::KillBroker(..)
             | Self::HangBroker(..)
             | Self::RestartBroker(_)
+            | Self::KillBridgeBeforeKafka(_)
             | Self::FillDiskOfKafka(_) => "kafka".to_owned(),
+            Self::HangLoaderWithRows(_) => "load_warehouse".to_owned(),
             Self::KillDatabase(_)
             | Self::HangDatabase(_)
             | Self::SlowDatabase(_)
@@ -234,6 +245,15 @@ impl Injection {
                 std::thread::sleep(pause);
                 drop(wall);
             }
+            Self::HangLoaderWithRows(pause) => {
+                let lock = database::lock(rig.cluster.database());
+                // Many times what it takes to gather rows and to begin to write them.
+                std::thread::sleep(Duration::from_millis(1_500));
+                rig.cluster.signal("load_warehouse", "STOP");
+                drop(lock);
+                std::thread::sleep(pause);
+                rig.cluster.signal("load_warehouse", "CONT");
+            }
             Self::HangReceiver(pause) => {
                 rig.receiver.signal("STOP");
                 std::thread::sleep(pause);
@@ -257,6 +277,7 @@ impl Injection {
             | Self::KillBroker(..)
             | Self::HangBroker(..)
             | Self::RestartBroker(_)
+            | Self::KillBridgeBeforeKafka(_)
             | Self::FillDiskOfKafka(_)) => kafka.do_to_kafka(rig),
             database => database.do_to_database(rig),
         }
@@ -274,6 +295,13 @@ impl Injection {
                 kafka.fault(Fault::Stop);
                 std::thread::sleep(pause);
                 kafka.fault(Fault::Continue);
+            }
+            Self::KillBridgeBeforeKafka(pause) => {
+                kafka.fault(Fault::Stop);
+                std::thread::sleep(pause);
+                rig.cluster.kill_and_restart_instance("bridge", "0");
+                std::thread::sleep(Duration::from_secs(1));
+                rig.cluster.kafka.fault(Fault::Continue);
             }
             Self::KillBroker(index, pause) => {
                 kafka.node(index).fault(Fault::Kill);

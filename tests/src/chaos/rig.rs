@@ -255,17 +255,20 @@ impl Rig {
         report
     }
 
-    /// Compares Kafka and store with what the journals say.
+    /// Compares Kafka and store with what the journals say, starting again what crashes meanwhile: what is on its
+    /// way is waited for.
     ///
     /// # Errors
     /// The differences that the oracle lists.
-    pub fn compare(&self, extra: &[&str]) -> Result<(), String> {
+    pub fn compare(&mut self, extra: &[&str]) -> Result<(), String> {
         let kafka = self.cluster.kafka.bootstrap();
         let poison = poison_journal(&self.cluster);
         let webhook = receiver_journal(&self.cluster);
         let arguments = ["--threshold", "90", "--only-rule", "--redelivery", "--deadline", "240"];
         let arguments = [&arguments[..], &["--poison", &poison, "--webhook", &webhook]].concat();
-        self.load.compare(&kafka, self.cluster.database(), &[&arguments[..], extra].concat())
+        let database = self.cluster.database().to_owned();
+        let arguments = [&arguments[..], extra].concat();
+        self.load.compare_while(&kafka, &database, &arguments, || self.cluster.start_what_crashed())
     }
 }
 
