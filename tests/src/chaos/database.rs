@@ -45,9 +45,9 @@ pub fn lock(url: &str) -> Lock {
         python.args(["-c", script, path.trim_start_matches("//")]);
         python
     } else {
-        // After our commands psql reads on from us, and we say nothing more.
-        let script = "{ echo 'BEGIN; LOCK TABLE stage_offset IN ACCESS EXCLUSIVE MODE;'; echo '\\echo locked'; cat; } \
-                      | psql --no-psqlrc --quiet -v ON_ERROR_STOP=1 \"$0\"";
+        // After our commands psql reads on from us, and we say nothing more. What it warns is not buffered.
+        let script = "{ echo 'BEGIN; LOCK TABLE stage_offset IN ACCESS EXCLUSIVE MODE;'; echo '\\warn locked'; cat; } \
+                      | psql --no-psqlrc --quiet -v ON_ERROR_STOP=1 \"$0\" 2>&1";
         let mut shell = Command::new("sh");
         shell.args(["-c", script, url]);
         shell
