@@ -6,19 +6,20 @@ use std::sync::Arc;
 use throughline_model::books::{Books, METADATA_BYTES_MAX};
 use throughline_model::catalog::schema;
 use throughline_model::codec::{Codec, framed_id};
+use throughline_model::dead_letter::Letter;
 use throughline_model::envelope::{
     Alert, Command, DeadLetterProgress, DeadLetterRequest, DeviceMessage, EnvelopeRef, Locator, RuleRecord,
     Session, Twin, TwinRequest, TwinResponse,
 };
 use throughline_model::outcome::Outcome;
-use throughline_model::record::{Batch, Headers, Outbox, TopicPartition};
+use throughline_model::record::{Batch, Headers, Outbox, Record, TopicPartition};
 use throughline_model::seq_runs::{Refusal, Streams};
 use throughline_model::time::Timestamp;
 use throughline_model::topics::{self, SCHEMA_FILES};
 use throughline_mqtt::dead_letter::{self, Remembered};
 use throughline_mqtt::feeds::{Publish, Reject};
 use throughline_mqtt::transform::Scope;
-use throughline_runtime::{Fault, push_dead_letter};
+use throughline_runtime::{Fault, Retry, push_dead_letter, push_replay, push_retry};
 
 /// The id of a schema from outside; the embedded ones have their place from 1.
 const FOREIGN: u32 = 1_000;
@@ -105,7 +106,7 @@ pub fn schema(data: &[u8]) {
 }
 
 /// Names of headers that are read somewhere.
-const NAMES: [&str; 19] = [
+const NAMES: [&str; 23] = [
     "tl-mqtt-topic",
     "tl-mqtt-client-id",
     "tl-mqtt-properties",
@@ -125,6 +126,10 @@ const NAMES: [&str; 19] = [
     "tl-rule",
     "kafka_dlt-original-partition",
     "kafka_dlt-original-timestamp",
+    "__connect.errors.exception.class.name",
+    "__connect.errors.connector.name",
+    "__connect.errors.topic",
+    "kafka_dlt-original-consumer-group",
 ];
 
 /// Headers of a record: for each a byte that picks its name, a byte with its length, its value.
@@ -142,28 +147,70 @@ pub fn headers(data: &[u8]) {
     assert!(record.headers.iter().eq(pairs.iter().copied()));
     remember(record.headers);
 
-    // However often a record is dead-lettered and replayed, it carries the same number of headers.
+    for (name, value) in &pairs {
+        assert!(!throughline_platform::header(name, value).is_null());
+    }
     let fault = Fault {
         stage: "stage",
         topic: "t",
         partition: 0,
-        replayed: true,
+        replayed: false,
         step: "TASK_PUT",
         code: "code",
         message: "what was wrong",
     };
+    fails_again(&batch, pairs.len(), &|outbox, record| {
+        push_dead_letter(outbox, &"t.dlt".into(), record, &Fault { replayed: true, ..fault });
+    });
+    // Set aside again and again, and at last a dead letter that says nothing of it.
+    fails_again(&batch, pairs.len(), &|outbox, record| {
+        let read = Retry::of(record);
+        let retry = Retry { count: read.count.saturating_add(1), not_before: read.not_before };
+        push_retry(outbox, &"t.retry".into(), record, &fault, retry);
+        let again = Retry::of(&read_back(outbox).get(0));
+        let not_before = Timestamp::from_millis(read.not_before.as_millis().max(0));
+        assert_eq!(again, Retry { count: retry.count, not_before });
+    });
+    let mut outbox = Outbox::default();
+    push_retry(&mut outbox, &"t.retry".into(), &record, &fault, Retry { count: 1, not_before: Timestamp(0) });
+    let aside = read_back(&outbox);
+    let mut outbox = Outbox::default();
+    push_dead_letter(&mut outbox, &"t.dlt".into(), &aside.get(0), &fault);
+    let never = Retry { count: 0, not_before: Timestamp(0) };
+    assert_eq!(Retry::of(&read_back(&outbox).get(0)), never);
+    // A letter that is replayed and fails, again and again; its replays are counted.
+    let letters = TopicPartition::new("device.telemetry.v1.bridge-dlt", 0);
+    fails_again(&batch, pairs.len() + 3, &|outbox, record| {
+        let before = Letter::of(0, record).replays;
+        let mut replay = Outbox::default();
+        push_replay(&mut replay, &letters, record, "request-1");
+        let replay = read_back(&replay);
+        assert_eq!(Letter::of(0, &replay.get(0)).replays, before.saturating_add(1));
+        push_dead_letter(outbox, &"t.dlt".into(), &replay.get(0), &Fault { replayed: true, ..fault });
+    });
+}
+
+/// However often a record fails, it keeps key and value and carries the same number of headers.
+fn fails_again(first: &Batch, most: usize, fail: &dyn Fn(&mut Outbox, &Record<'_>)) {
     let mut lens = Vec::new();
-    let mut letter = batch.clone();
+    let mut record = first.clone();
     for _ in 0..3 {
         let mut outbox = Outbox::default();
-        push_dead_letter(&mut outbox, &"t.dlt".into(), &letter.get(0), &fault);
+        fail(&mut outbox, &record.get(0));
         let out = outbox.get(0);
-        assert_eq!((out.key, out.value), (record.key, record.value));
+        assert_eq!((out.key, out.value), (first.get(0).key, first.get(0).value));
         lens.push(out.headers.iter().count());
-        letter = Batch::new(TopicPartition::new("t", 0));
-        letter.push(7, Timestamp(1), out.key, out.value, out.headers.iter());
+        record = read_back(&outbox);
     }
-    assert!(lens[0] <= pairs.len() + 15 && lens[1] == lens[2], "{lens:?}");
+    assert!(lens[0] <= most + 17 && lens[1] == lens[2], "{lens:?}");
+}
+
+/// Returns what was written as it is read.
+fn read_back(outbox: &Outbox) -> Batch {
+    let out = outbox.get(0);
+    let mut batch = Batch::new(TopicPartition::new("t", 0));
+    batch.push(7, Timestamp(1), out.key, out.value, out.headers.iter());
+    batch
 }
 
 /// What a dead letter of the bridge remembers is remembered by the letter of its replay too.

@@ -5,17 +5,21 @@
 //! A body panics where a parser breaks its promise; docs/fuzzing.md lists the promises.
 
 pub mod kafka;
+pub mod letters;
 pub mod mqtt;
+pub mod registry;
 pub mod stages;
 pub mod text;
+pub mod webhook;
 
 /// A fuzz target.
 pub type Target = fn(&[u8]);
 
 /// Every target by its name, which is also the name of its file in `fuzz_targets` and of its directory in
 /// `corpus`.
-pub const TARGETS: [(&str, Target); 13] = [
+pub const TARGETS: [(&str, Target); 17] = [
     ("books", kafka::books),
+    ("configuration", text::configuration),
     ("envelope", kafka::envelope),
     ("expression", text::expression),
     ("headers", kafka::headers),
@@ -23,11 +27,14 @@ pub const TARGETS: [(&str, Target); 13] = [
     ("json", mqtt::json),
     ("packets", mqtt::packets),
     ("publish", mqtt::publish),
+    ("registry_answers", registry::registry_answers),
+    ("registry_log", registry::registry_log),
     ("rule", text::rule),
     ("schema", kafka::schema),
     ("sequence_runs", kafka::sequence_runs),
     ("stages", stages::stages),
     ("topic_file", text::topic_file),
+    ("webhook_answers", webhook::webhook_answers),
 ];
 
 /// Parts an input at the first `at`; without one the second part is empty.

@@ -1,15 +1,21 @@
 //! Every stage behind hostile records and hostile states.
 
+use super::letters;
+use serde_json::Value;
 use std::sync::Arc;
+use std::time::Duration;
 use throughline_model::codec::Codec;
-use throughline_model::envelope::RuleRecord;
+use throughline_model::envelope::{Alert, RuleRecord};
 use throughline_model::keyed::{Keyed, KeyedState as _};
 use throughline_model::outcome::Outcome;
 use throughline_model::record::{Batch, TopicPartition};
 use throughline_model::rows::Rows;
-use throughline_model::stage::{Act, Decide, Effects, Input, Load};
+use throughline_model::stage::{Act as _, Decide, Delivery, Effects, Input, Load};
 use throughline_model::time::Timestamp;
-use throughline_model::topics::SERVICE_PLATFORM_RULE_V1;
+use throughline_model::topics::{
+    SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1, SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1,
+    SERVICE_PLATFORM_RULE_V1,
+};
 use throughline_stages::bridge_data::BridgeData;
 use throughline_stages::evaluate_rules::EvaluateRules;
 use throughline_stages::load_warehouse::LoadWarehouse;
@@ -18,19 +24,25 @@ use throughline_stages::project_twins::ProjectTwins;
 use throughline_stages::update_twin::UpdateTwin;
 
 const NOW: Timestamp = Timestamp(1_800_000_000_000_000);
+/// A key whose state is there too.
+const OTHER: &str = "other/device";
 const RULE: &str = "id = 'hot'\nsummary = 'Hot.'\nseverity = 'critical'\nwhen = 'temperature > previous.temperature || a > 1.0'\n\
                     for = '30s'\nforward = 'data_core.forwarded.v1'\n[[command]]\nname = 'stop'\n";
 
-/// A byte that picks the topic, two with the length of a state of its changelog, that state, the datum.
+/// A byte that picks the topic, two with the length of a state of its changelog, that state, the datum. The
+/// state is that of the record's key and of another one.
 pub fn stages(data: &[u8]) {
     let [index, high, low, rest @ ..] = data else { return };
     let len = usize::from(u16::from_be_bytes([*high, *low])).min(rest.len());
     let (state, datum) = rest.split_at(len);
     let (topic, value) = super::kafka::framed(*index, datum);
     let codec = super::kafka::CODEC.with(Arc::clone);
-    let key = codec.decode::<serde_json::Value>(Some(&value)).ok().and_then(|record| {
-        Some(format!("{}/{}", record["site_id"].as_str()?, record["device_id"].as_str()?))
-    });
+    let record = codec.decode::<Value>(Some(&value)).unwrap_or_default();
+    let text = |name: &str| record[name].as_str().map(str::to_owned);
+    let key = match topic {
+        SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1 => text("request_id"),
+        _ => text("site_id").and_then(|site| Some(format!("{site}/{}", text("device_id")?))),
+    };
     let key = key.unwrap_or_else(|| "s/d".to_owned());
     let mut batch = Batch::new(TopicPartition::new(topic, 0));
     batch.push(0, NOW, Some(key.as_bytes()), Some(&value), []);
@@ -41,7 +53,11 @@ pub fn stages(data: &[u8]) {
         decide(BridgeData::default(), &codec, &input, state, &key);
         load(LoadWarehouse::new(), &input);
         load(ProjectTwins::new(), &input);
-        act(Notify::new(None), &input);
+        decide(letters::reprocess(NOW), &codec, &input, state, &key);
+        act(&input);
+    }
+    if topic == SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1 {
+        letters::policies(&batch.get(0), &codec, NOW);
     }
 }
 
@@ -58,8 +74,10 @@ fn decide<S: Decide>(mut stage: S, codec: &Arc<Codec>, input: &Input<'_>, state:
         take_rule(&mut stage, codec);
     }
     let mut states = Keyed::default();
-    if let Ok(restored) = S::State::decode(state, codec) {
-        states.restore(key, Some(restored));
+    for key in [key, OTHER] {
+        if let Ok(restored) = S::State::decode(state, codec) {
+            states.restore(key, Some(restored));
+        }
     }
     let mut effects = Effects::new(Arc::clone(codec));
     for _ in 0..2 {
@@ -101,17 +119,44 @@ fn take_rule<S: Decide>(stage: &mut S, codec: &Codec) {
     assert_eq!(settled.outcome, Outcome::Emitted, "{settled:?}");
 }
 
-/// What is sent is JSON and has an id, whatever the data.
-fn act(mut stage: impl Act, input: &Input<'_>) {
-    if stage.spec().inputs.contains(&input.topic) {
-        match stage.request(input) {
-            Ok(delivery) => {
-                assert!(!delivery.id.is_empty());
-                let body = serde_json::from_slice::<serde_json::Value>(&delivery.body);
-                assert!(body.is_ok(), "{body:?}");
-            }
-            Err(settled) => assert_ne!(settled.outcome, Outcome::Emitted),
-        }
+/// What is sent of an alert is JSON that says what the alert says, and has an id by which a repeat is known.
+fn act(input: &Input<'_>) {
+    let age = Duration::from_secs(3_600);
+    let (mut stage, mut forgetful) = (Notify::new(None), Notify::new(Some(age)));
+    if !stage.spec().inputs.contains(&input.topic) {
+        return;
+    }
+    let delivery = match stage.request(input) {
+        Ok(delivery) => delivery,
+        Err(settled) => return assert_eq!(settled.outcome, Outcome::DeadLettered, "{settled:?}"),
+    };
+    let expiring = Delivery { expires_at: Some(NOW.plus(age)), ..delivery.clone() };
+    assert_eq!(forgetful.request(input).expect("it is the same alert"), expiring);
+    let alert: Alert = input.decode().expect("it did just before");
+    let body: Value = serde_json::from_slice(&delivery.body).expect("it is JSON");
+    // A name that came twice would be lost here.
+    assert_eq!(serde_json::to_vec(&body).expect("it is JSON").len(), delivery.body.len(), "{body}");
+    assert_eq!(delivery.id.len(), 36, "{}", delivery.id);
+    for (name, expected) in [
+        ("message_id", &alert.message_id),
+        ("trace_id", &alert.trace_id),
+        ("alert_id", &alert.alert_id),
+        ("state", &alert.state),
+        ("severity", &alert.severity),
+        ("summary", &alert.summary),
+        ("rule_id", &alert.rule_id),
+        ("site_id", &alert.site_id),
+        ("device_id", &alert.device_id),
+        ("raised_at", &alert.raised_at.to_string()),
+    ] {
+        assert_eq!(body[name], **expected, "{name}");
+    }
+    assert_eq!(body["cleared_at"].is_null(), alert.cleared_at.is_none());
+    // Of a name that comes twice the last counts.
+    for measured in alert.values.iter().take(16) {
+        let last = alert.values.iter().rfind(|other| other.name == measured.name).expect("it is one of them");
+        let is_shown = body["values"][&measured.name]["value"] != Value::Null;
+        assert_eq!(is_shown, last.number.is_some() || last.text.is_some() || last.flag.is_some(), "{body}");
     }
 }
 

@@ -1,11 +1,14 @@
 //! Texts: rules, expressions, topic files, names.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt as _;
 use throughline_model::catalog::{Catalog, Filter, TopicName, TopicSpec};
 use throughline_model::ids::{DeviceKey, TraceId, partition_of};
 use throughline_model::rules::{DeviceRules, Evaluator, Expression, Facts, MeasurementRef, Names, RuleSet};
 use throughline_model::strict_toml::{self, FileError};
 use throughline_model::topics::SCHEMA_FILES;
 use throughline_mqtt::Router;
+use throughline_platform::config;
 use uuid::Uuid;
 
 /// A fault lies in the text it is about, is one line, and is not much longer than that text.
@@ -78,6 +81,56 @@ pub fn topic_file(data: &[u8]) {
             faults.iter().filter(|fault| fault.file == FILE).for_each(|fault| check_place(fault, text))
         }
     }
+}
+
+/// A configuration file, then lines of the environment (`NAME=value`), each after a NUL. What reads is the same
+/// when it is written and read again, and no fault repeats a value: it may be a secret.
+pub fn configuration(data: &[u8]) {
+    const SECRET: &str = "s3cret";
+    let (file, variables) = super::parted(data, 0);
+    let Ok(text) = std::str::from_utf8(file) else { return };
+    let variables = variables.split(|byte| *byte == 0).filter(|line| !line.is_empty());
+    let variables: Vec<(&[u8], &[u8])> = variables.map(|line| super::parted(line, b'=')).collect();
+    let os = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+    let environment = || variables.iter().map(|(name, value)| (os(name), os(value)));
+    for (text, with) in [(Some(text), false), (None, true), (Some(text), true)] {
+        let file = text.map(|text| ("t.toml", text));
+        let read = config::read(file, environment().filter(|_| with));
+        let len = text.map_or(0, str::len) + if with { variables.len() } else { 0 };
+        match read {
+            Ok(config) => {
+                let written = toml::to_string(&config).expect("what was read is written");
+                let again = config::read(Some(("t.toml", &written)), []).expect("what was written reads");
+                assert_eq!(toml::to_string(&again).expect("it is written"), written);
+            }
+            Err(fault) => {
+                let shown = fault.to_string();
+                let names: usize = variables.iter().map(|(name, _)| name.len()).sum();
+                assert!(!shown.is_empty() && !shown.contains('\n'), "{shown:?}");
+                assert!(shown.len() <= 8 * (len + names) + 4_096, "{} bytes: {shown}", shown.len());
+                // A key or a name is repeated.
+                let is_name = variables
+                    .iter()
+                    .any(|(name, _)| String::from_utf8_lossy(name).to_lowercase().contains(SECRET));
+                let is_value = !is_name && text.is_none_or(|text| secrets_are_values(text, SECRET));
+                assert!(!is_value || !shown.contains(SECRET), "{shown}");
+            }
+        }
+    }
+}
+
+/// Says whether `secret` is nowhere in a TOML text but in texts of values.
+fn secrets_are_values(text: &str, secret: &str) -> bool {
+    fn count(value: &toml::Value, secret: &str) -> usize {
+        match value {
+            toml::Value::String(text) => text.matches(secret).count(),
+            toml::Value::Array(list) => list.iter().map(|value| count(value, secret)).sum(),
+            toml::Value::Table(table) => table.values().map(|value| count(value, secret)).sum(),
+            _ => 0,
+        }
+    }
+    text.parse::<toml::Table>()
+        .is_ok_and(|table| count(&toml::Value::Table(table), secret) == text.matches(secret).count())
 }
 
 /// Names: trace ids, `traceparent`, device keys, topic names, and a filter (first line) with an MQTT topic

@@ -24,7 +24,7 @@ pub mod lag;
 mod message;
 mod outlet;
 mod reader;
-mod registry;
+pub mod registry;
 mod sent;
 mod source;
 mod stall;

@@ -1,6 +1,8 @@
 //! A schema registry that speaks Confluent's REST API.
 
-use serde::de::DeserializeOwned;
+pub mod answers;
+
+use answers::Answer;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use throughline_runtime::ports::{Failure, SchemaSource};
@@ -10,9 +12,6 @@ use ureq::Agent;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Confluent's content type; the plain JSON type is accepted in answers.
 const CONTENT_TYPE: &str = "application/vnd.schemaregistry.v1+json";
-const SUBJECT_NOT_FOUND: i64 = 40_401;
-const VERSION_NOT_FOUND: i64 = 40_402;
-const SCHEMA_NOT_FOUND: i64 = 40_403;
 
 /// Where the registry is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,36 +80,6 @@ pub struct RegistryClient {
     authorization: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct Id {
-    id: u32,
-}
-
-#[derive(Deserialize)]
-struct Text {
-    schema: String,
-}
-
-#[derive(Deserialize)]
-struct Compatible {
-    is_compatible: bool,
-    #[serde(default)]
-    messages: Vec<String>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct Refusal {
-    error_code: i64,
-    message: String,
-}
-
-/// An answer: what was asked for, or the registry's word that there is none.
-enum Answer<T> {
-    Found(T),
-    Missing(Refusal),
-}
-
 impl RegistryClient {
     /// Prepares a client; does not connect.
     pub fn new(config: &RegistryConfig) -> Self {
@@ -128,11 +97,7 @@ impl RegistryClient {
     /// # Errors
     /// [`RegistryError`].
     pub fn schema(&self, id: u32) -> Result<Option<String>, RegistryError> {
-        let answer: Answer<Text> = self.get(&format!("/schemas/ids/{id}"), &format!("schema {id}"))?;
-        Ok(match answer {
-            Answer::Found(text) => Some(text.schema),
-            Answer::Missing(_) => None,
-        })
+        self.get(&format!("/schemas/ids/{id}"), &format!("schema {id}"), |answer| answer.schema())
     }
 
     /// Registers an Avro schema under a subject and returns its id; the same schema keeps its id.
@@ -143,10 +108,7 @@ impl RegistryClient {
     pub fn register(&self, subject: &str, schema: &str) -> Result<u32, RegistryError> {
         let path = format!("/subjects/{}/versions", escape(subject));
         let what = format!("a schema for subject `{subject}`");
-        match self.send::<Id>("POST", &path, &what, &avro(schema))? {
-            Answer::Found(found) => Ok(found.id),
-            Answer::Missing(refusal) => Err(refused(what, 404, refusal)),
-        }
+        self.send("POST", &path, &what, &avro(schema), |answer| answer.id())
     }
 
     /// Returns the id under which the registry holds exactly this schema for the subject, without registering
@@ -157,10 +119,7 @@ impl RegistryClient {
     pub fn lookup(&self, subject: &str, schema: &str) -> Result<Option<u32>, RegistryError> {
         let path = format!("/subjects/{}", escape(subject));
         let what = format!("a look-up for subject `{subject}`");
-        Ok(match self.send::<Id>("POST", &path, &what, &avro(schema))? {
-            Answer::Found(found) => Some(found.id),
-            Answer::Missing(_) => None,
-        })
+        self.send("POST", &path, &what, &avro(schema), |answer| answer.id_if_any())
     }
 
     /// Says whether a schema may be registered under a subject: `Err` holds the reasons why readers would
@@ -173,21 +132,13 @@ impl RegistryClient {
         let base = format!("/compatibility/subjects/{}/versions", escape(subject));
         // All versions first, as the transitive modes do; registries without that path check the latest.
         for path in [format!("{base}?verbose=true"), format!("{base}/latest?verbose=true")] {
-            match self.send::<Compatible>("POST", &path, &what, &avro(schema))? {
-                Answer::Found(found) if found.is_compatible => return Ok(Ok(())),
-                Answer::Found(found) => {
-                    let silent = found.messages.is_empty();
-                    let why = if silent { vec!["no reason given".to_owned()] } else { found.messages };
-                    return Ok(Err(why));
-                }
-                Answer::Missing(r) if [SUBJECT_NOT_FOUND, VERSION_NOT_FOUND].contains(&r.error_code) => {
-                    return Ok(Ok(()));
-                }
-                Answer::Missing(_) => {}
+            let answer = self.send("POST", &path, &what, &avro(schema), |answer| answer.compatible())?;
+            if let Some(verdict) = answer {
+                return Ok(verdict);
             }
         }
-        let refusal = Refusal { message: "it has no compatibility API".to_owned(), ..Refusal::default() };
-        Err(refused(what, 404, refusal))
+        let nothing = Answer { url: &self.url, what: &what, status: 404, body: "" };
+        Err(nothing.absent("it has no compatibility API"))
     }
 
     /// Returns the newest version of a subject, or `None` where there is none.
@@ -196,10 +147,7 @@ impl RegistryClient {
     /// [`RegistryError`].
     pub fn latest(&self, subject: &str) -> Result<Option<SubjectVersion>, RegistryError> {
         let path = format!("/subjects/{}/versions/latest", escape(subject));
-        Ok(match self.get(&path, &format!("subject `{subject}`"))? {
-            Answer::Found(found) => Some(found),
-            Answer::Missing(_) => None,
-        })
+        self.get(&path, &format!("subject `{subject}`"), |answer| answer.version())
     }
 
     /// Returns the names of all subjects.
@@ -207,10 +155,7 @@ impl RegistryClient {
     /// # Errors
     /// [`RegistryError`]; also the cheapest way to see whether the registry can be used.
     pub fn subjects(&self) -> Result<Vec<String>, RegistryError> {
-        match self.get("/subjects", "the list of subjects")? {
-            Answer::Found(found) => Ok(found),
-            Answer::Missing(refusal) => Err(refused("the list of subjects".to_owned(), 404, refusal)),
-        }
+        self.get("/subjects", "the list of subjects", |answer| answer.subjects())
     }
 
     /// Sets how strictly a subject's versions must fit each other, for instance `FULL_TRANSITIVE`.
@@ -221,28 +166,30 @@ impl RegistryClient {
         let what = format!("compatibility `{level}` for subject `{subject}`");
         let body = serde_json::json!({ "compatibility": level });
         let path = format!("/config/{}", escape(subject));
-        match self.send::<serde_json::Value>("PUT", &path, &what, &body)? {
-            Answer::Found(_) => Ok(()),
-            Answer::Missing(refusal) => Err(refused(what, 404, refusal)),
-        }
+        self.send("PUT", &path, &what, &body, |answer| answer.done())
     }
 
-    fn get<T: DeserializeOwned>(&self, path: &str, what: &str) -> Result<Answer<T>, RegistryError> {
+    fn get<T, E: From<RegistryError>>(
+        &self,
+        path: &str,
+        what: &str,
+        read: impl FnOnce(Answer<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
         let mut request = self.agent.get(format!("{}{path}", self.url)).header("Accept", CONTENT_TYPE);
         if let Some(authorization) = &self.authorization {
             request = request.header("Authorization", authorization);
         }
-        let response = request.call().map_err(|e| self.unavailable(&e))?;
-        self.read(response, what)
+        self.hear(request.call(), what, read)
     }
 
-    fn send<T: DeserializeOwned>(
+    fn send<T>(
         &self,
         method: &str,
         path: &str,
         what: &str,
         body: &serde_json::Value,
-    ) -> Result<Answer<T>, RegistryError> {
+        read: impl FnOnce(Answer<'_>) -> Result<T, RegistryError>,
+    ) -> Result<T, RegistryError> {
         let url = format!("{}{path}", self.url);
         let mut request = if method == "PUT" { self.agent.put(url) } else { self.agent.post(url) }
             .header("Accept", CONTENT_TYPE)
@@ -250,31 +197,19 @@ impl RegistryClient {
         if let Some(authorization) = &self.authorization {
             request = request.header("Authorization", authorization);
         }
-        let response = request.send(body.to_string()).map_err(|e| self.unavailable(&e))?;
-        self.read(response, what)
+        self.hear(request.send(body.to_string()), what, read)
     }
 
-    fn read<T: DeserializeOwned>(
+    fn hear<T, E: From<RegistryError>>(
         &self,
-        mut response: ureq::http::Response<ureq::Body>,
+        response: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
         what: &str,
-    ) -> Result<Answer<T>, RegistryError> {
+        read: impl FnOnce(Answer<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut response = response.map_err(|e| self.unavailable(&e))?;
         let status = response.status().as_u16();
-        let text = response.body_mut().read_to_string().map_err(|e| self.unavailable(&e))?;
-        let refusal = || serde_json::from_str::<Refusal>(&text).unwrap_or_default();
-        match status {
-            200..300 => serde_json::from_str(&text).map(Answer::Found).map_err(|e| {
-                let message = format!("its answer about {what} cannot be read: {e}");
-                RegistryError::Unavailable { url: self.url.clone(), message }
-            }),
-            // A path that is unknown altogether is missing too, with no code of the registry's own.
-            404 | 405 => Ok(Answer::Missing(refusal())),
-            429 | 500.. => {
-                let message = format!("HTTP {status} on {what}: {}", refusal().message);
-                Err(RegistryError::Unavailable { url: self.url.clone(), message })
-            }
-            _ => Err(refused(what.to_owned(), status, refusal())),
-        }
+        let body = response.body_mut().read_to_string().map_err(|e| self.unavailable(&e))?;
+        read(Answer { url: &self.url, what, status, body: &body })
     }
 
     fn unavailable(&self, error: &ureq::Error) -> RegistryError {
@@ -284,21 +219,8 @@ impl RegistryClient {
 
 impl SchemaSource for RegistryClient {
     fn fetch(&mut self, id: u32) -> Result<Option<String>, Failure> {
-        let what = format!("/schemas/ids/{id}");
-        match self.get::<Text>(&what, &format!("schema {id}"))? {
-            Answer::Found(text) => Ok(Some(text.schema)),
-            Answer::Missing(refusal) if refusal.error_code == SCHEMA_NOT_FOUND => Ok(None),
-            // A wrong base address also answers 404: that must not dead-letter a whole topic.
-            Answer::Missing(refusal) => Err(Failure::Dependency {
-                dependency: "registry",
-                message: format!("{}{what} is not there: {}", self.url, refusal.message),
-            }),
-        }
+        self.get(&format!("/schemas/ids/{id}"), &format!("schema {id}"), |answer| answer.schema_for_a_stage())
     }
-}
-
-fn refused(what: String, status: u16, refusal: Refusal) -> RegistryError {
-    RegistryError::Refused { what, status, code: refusal.error_code, message: refusal.message }
 }
 
 fn avro(schema: &str) -> serde_json::Value {

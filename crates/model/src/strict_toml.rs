@@ -43,10 +43,42 @@ impl FileError {
 /// [`FileError`] with the position of the first fault: the text is not TOML, a key is unknown (the nearest
 /// known one is suggested and all are named), missing, or of the wrong type.
 pub fn parse<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, FileError> {
+    parse_with(file, text, |message| message.to_owned())
+}
+
+/// Reads a file's text that may hold secrets: as [`parse`], but a fault repeats no text of a value.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_secret<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, FileError> {
+    parse_with(file, text, without_value)
+}
+
+fn parse_with<T: DeserializeOwned>(
+    file: &str,
+    text: &str,
+    reword: impl Fn(&str) -> String,
+) -> Result<T, FileError> {
     toml::from_str(text).map_err(|e| {
         let offset = e.span().map_or(0, |span| span.start);
-        FileError::at(file, text, offset, explain(e.message()))
+        FileError::at(file, text, offset, explain(&reword(e.message())))
     })
+}
+
+/// Takes the value out of serde's message. It stands before the last word of what was expected.
+fn without_value(message: &str) -> String {
+    let expected = |what: &str| message.rfind(what).map_or("", |at| &message[at..]);
+    for (begin, what) in [
+        ("invalid type: string ", ", expected "),
+        ("invalid value: string ", ", expected "),
+        ("unknown variant `", "`, expected "),
+    ] {
+        if message.starts_with(begin) {
+            let rest = expected(what);
+            return format!("{}{rest}", begin.trim_end());
+        }
+    }
+    message.to_owned()
 }
 
 /// Returns the known name nearest to `name`, or `None` where nothing is near enough to be a slip.
@@ -78,7 +110,9 @@ fn explain(message: &str) -> String {
         let hint = suggestion(name, known.iter().copied());
         let list = known.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ");
         let list = if known.is_empty() { "none".to_owned() } else { list };
-        format!("unknown {what} `{name}`{hint} (known: {list})")
+        // A value that may be a secret has no name here.
+        let shown = if name.is_empty() { String::new() } else { format!(" `{name}`") };
+        format!("unknown {what}{shown}{hint} (known: {list})")
     };
     if message.starts_with("unknown field `") {
         unknown("key")
@@ -184,6 +218,25 @@ mod tests {
         ] {
             let error = parse::<Sample>("t.toml", text).expect_err(text);
             assert_eq!(error.to_string(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_fault_in_a_file_with_secrets_repeats_no_value() {
+        for (text, expected) in [
+            (
+                "name = 'a'\npartitions = 's3cret, expected s3cret'\n",
+                "2:14: invalid type: string, expected u32",
+            ),
+            ("part = 's3cret'", "1:8: invalid type: string, expected a sequence"),
+            ("cleanup = 's3`cret'", "1:11: unknown value (known: `delete`, `compact`)"),
+            (
+                "partitons = 's3cret'",
+                "1:1: unknown key `partitons`; did you mean `partitions`? (known: `name`, `partitions`, `cleanup`, `part`)",
+            ),
+        ] {
+            let error = parse_secret::<Sample>("t.toml", text).expect_err(text);
+            assert_eq!(error.to_string(), format!("t.toml:{expected}"), "{text}");
         }
     }
 

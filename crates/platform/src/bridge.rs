@@ -130,7 +130,8 @@ fn logins(path: &Path) -> Result<Vec<LoginConfig>, CliError> {
     let name = path.display().to_string();
     let text =
         std::fs::read_to_string(path).map_err(|e| CliError::usage(format!("cannot read `{name}`: {e}")))?;
-    let file: LoginsFile = strict_toml::parse(&name, &text).map_err(|e| CliError::usage(e.to_string()))?;
+    let file: LoginsFile =
+        strict_toml::parse_secret(&name, &text).map_err(|e| CliError::usage(e.to_string()))?;
     Ok(file.login)
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | answers 2xx | delivered |
 //! | answers 408, 425 or 5xx, breaks off, or does not answer in time | failed: whether others pass tells whose fault it is |
-//! | refuses the connection, has no address, answers 3xx, 401, 403, 404, 405, 407, 410 or 429 | unavailable: address, login, receiver or pace are wrong, not the message |
+//! | refuses the connection, has no address, answers 1xx, 3xx, 401, 403, 404, 405, 407, 410 or 429 | unavailable: address, login, receiver or pace are wrong, not the message |
 //! | answers any other 4xx | refused |
 
 use crate::failure::CliError;
@@ -16,7 +16,6 @@ use std::time::Duration;
 use throughline_model::stage::Delivery;
 use throughline_runtime::ports::{Answer, Effector};
 use ureq::Agent;
-use ureq::http::{HeaderMap, StatusCode};
 
 /// How many deliveries are posted at once: the partitions of an input go one by one, and more than this would be
 /// a burst that few receivers like.
@@ -101,30 +100,32 @@ fn post(agent: &Agent, url: &str, delivery: &Delivery) -> Answer {
     match request.send(&delivery.body[..]) {
         Ok(mut response) => {
             let text = response.body_mut().with_config().limit(TEXT_BYTES_MAX).read_to_string();
+            let pause = response.headers().get("retry-after").map(ureq::http::HeaderValue::as_bytes);
             // A text that is long, or not UTF-8, changes nothing about the answer.
-            judge(response.status(), response.headers(), &text.unwrap_or_default())
+            judge(response.status().as_u16(), pause, &text.unwrap_or_default())
         }
         Err(error) => failed(&error),
     }
 }
 
-fn judge(status: StatusCode, headers: &HeaderMap, text: &str) -> Answer {
-    let code = status.as_u16();
+/// Sorts an answer: its status, its header `Retry-After` and its text. A pause that is no number of seconds, a
+/// date for instance, is none.
+pub fn judge(status: u16, retry_after: Option<&[u8]>, text: &str) -> Answer {
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let message = format!("it answers {code} {}", text.trim()).trim_end().to_owned();
-    match code {
+    let message = format!("it answers {status} {}", text.trim()).trim_end().to_owned();
+    match status {
         200..300 => Answer::Delivered,
         // It is asked too much, which says nothing about the message, although others pass meanwhile.
         429 => Answer::Unavailable { message },
         408 | 425 | 500.. => {
-            let wait = headers.get("retry-after").and_then(|v| v.to_str().ok()?.trim().parse().ok());
-            Answer::Failed { message, wait: wait.map(Duration::from_secs) }
+            let seconds = retry_after.and_then(|v| std::str::from_utf8(v).ok()?.trim().parse().ok());
+            Answer::Failed { message, wait: seconds.map(Duration::from_secs) }
         }
-        300..=399 | 401 | 403 | 404 | 405 | 407 | 410 => {
+        401 | 403 | 404 | 405 | 407 | 410 | 0..400 => {
             let message = format!("{message}; `notify.webhook_url` or what lies behind it is wrong");
             Answer::Unavailable { message }
         }
-        _ => Answer::Refused { code: format!("http_{code}"), message },
+        400..500 => Answer::Refused { code: format!("http_{status}"), message },
     }
 }
 
@@ -160,6 +161,7 @@ fn broke_off(kind: ErrorKind) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::io::{Read, Write};
     use std::net::TcpListener;
 
@@ -172,6 +174,7 @@ mod tests {
             Answer::Unavailable { .. } => "unavailable",
         };
         for (code, expected) in [
+            (101, "unavailable"),
             (200, "delivered"),
             (202, "delivered"),
             (204, "delivered"),
@@ -187,16 +190,14 @@ mod tests {
             (500, "failed"),
             (503, "failed"),
         ] {
-            let status = StatusCode::from_u16(code).expect("a status");
-            let answer = judge(status, &HeaderMap::new(), "so\nit is ");
+            let answer = judge(code, None, "so\nit is ");
             assert_eq!(kind(&answer), expected, "{code}: {answer:?}");
         }
-        let headers = HeaderMap::from_iter([("retry-after".parse().expect("a name"), 7.into())]);
-        let busy = judge(StatusCode::SERVICE_UNAVAILABLE, &headers, "");
-        assert_eq!(
-            busy,
-            Answer::Failed { message: "it answers 503".into(), wait: Some(Duration::from_secs(7)) }
-        );
+        let busy = |wait| Answer::Failed { message: "it answers 503".into(), wait };
+        assert_eq!(judge(503, Some(b" 7 "), ""), busy(Some(Duration::from_secs(7))));
+        for no_number in [&b"Wed, 21 Oct 2026 07:28:00 GMT"[..], b"-1", b"7.5", b"", b"\xff"] {
+            assert_eq!(judge(503, Some(no_number), ""), busy(None));
+        }
     }
 
     /// Serves one connection with `answer` and returns what came in.
@@ -262,5 +263,61 @@ mod tests {
         // The listener is gone.
         let Answer::Unavailable { message } = posted(&url, 10_000) else { panic!("nobody listens") };
         assert!(!message.contains("s3cret"), "{message}");
+    }
+
+    /// Takes one request and answers with these bytes, whatever they are, then closes the connection.
+    fn answers(bytes: Vec<u8>) -> (String, std::thread::JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let url = format!("http://{}/hook?secret=s3cret", listener.local_addr().expect("bound"));
+        let serve = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("the webhook connects");
+            let (mut got, mut buffer) = (Vec::new(), [0; 4_096]);
+            while !got.ends_with(b"{}") {
+                let n = stream.read(&mut buffer).expect("it sends");
+                got.extend_from_slice(&buffer[..n]);
+            }
+            // Who has heard enough closes the connection.
+            drop(stream.write_all(&bytes));
+        });
+        (url, serve)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+
+        #[test]
+        fn an_answer_of_any_bytes_is_judged(
+            status in prop_oneof!["[0-9]{1,4}", "(200|204|304|408|422|429|503) [ -~]{0,9}", "\\PC{0,4}"],
+            headers in prop::collection::vec(prop_oneof![
+                "(Retry-After|Content-Length|Transfer-Encoding|Location|Connection): [ -~]{0,12}",
+                "Retry-After: [0-9]{1,25}",
+                "Content-Length: [0-9]{1,4}",
+                Just("Transfer-Encoding: chunked".to_owned()),
+                "[ -~]{0,20}",
+            ], 0..4),
+            body in prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..2_000),
+                "[0-9a-f]{1,17}\r\n[a-z]{0,20}\r\n0\r\n\r\n".prop_map(String::into_bytes),
+            ],
+            cut in any::<prop::sample::Index>(),
+            is_cut in any::<bool>(),
+        ) {
+            let mut bytes = format!("HTTP/1.1 {status}\r\n{}\r\n\r\n", headers.join("\r\n")).into_bytes();
+            bytes.extend_from_slice(&body);
+            if is_cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            let begins_well = bytes.starts_with(b"HTTP/1.1 2");
+            let (url, serve) = answers(bytes);
+            let answer = posted(&url, 5_000);
+            serve.join().expect("it ends");
+            match answer {
+                Answer::Delivered => prop_assert!(begins_well, "{status}"),
+                Answer::Refused { message, .. } | Answer::Failed { message, .. } | Answer::Unavailable { message } => {
+                    prop_assert!(message.len() <= TEXT_BYTES_MAX as usize + 256, "{message}");
+                    prop_assert!(!message.contains("s3cret"), "{message}");
+                }
+            }
+        }
     }
 }

@@ -82,17 +82,17 @@ pub fn push_dead_letter(outbox: &mut Outbox, to: &Arc<str>, record: &Record<'_>,
 
 /// How often a record was set aside, and when it may be tried again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Retry {
+pub struct Retry {
     /// From 1.
-    pub(crate) count: u32,
+    pub count: u32,
     /// The time of the platform.
-    pub(crate) not_before: Timestamp,
+    pub not_before: Timestamp,
 }
 
 impl Retry {
     /// Reads what a record of a retry topic says. Without headers of ours it was never set aside and may be
     /// tried at once.
-    pub(crate) fn of(record: &Record<'_>) -> Self {
+    pub fn of(record: &Record<'_>) -> Self {
         let text = |name| record.headers.last(name).and_then(|v| std::str::from_utf8(v).ok());
         let count = text(RETRY_COUNT).and_then(|n| n.parse().ok()).unwrap_or(0);
         let not_before = text(RETRY_NOT_BEFORE).and_then(|n| n.parse().ok()).unwrap_or(0);
@@ -101,13 +101,7 @@ impl Retry {
 }
 
 /// Appends what sets `record` aside in the retry topic `to`, in the partition of the same number.
-pub(crate) fn push_retry(
-    outbox: &mut Outbox,
-    to: &Arc<str>,
-    record: &Record<'_>,
-    fault: &Fault<'_>,
-    retry: Retry,
-) {
+pub fn push_retry(outbox: &mut Outbox, to: &Arc<str>, record: &Record<'_>, fault: &Fault<'_>, retry: Retry) {
     push_failure(outbox, to, Some(fault.partition), record, fault, Some(retry));
 }
 

@@ -27,7 +27,7 @@ mod timers;
 pub use act::{ActLoop, ActPorts, run_act};
 pub use clock::{Clock, WallClock};
 pub use config::{LoopConfig, REPLAYS_MAX, Shutdown, Stopped};
-pub use dead_letter::{Fault, push_dead_letter};
+pub use dead_letter::{Fault, Retry, push_dead_letter, push_retry};
 pub use decide::{DecideLoop, DecidePorts, run_decide};
 pub use incarnation::{AskIncarnation, Incarnation};
 pub use load::{LoadLoop, LoadPorts, run_load};

@@ -327,9 +327,9 @@ impl Deal<'_> {
         let was_replayed = claimant.is_some_and(|request| request.wants() == Some(Action::Replay));
         let again = wants == Some(Action::Replay) && self.progress.again && was_replayed && !exhausted;
         if !is_ours && !again {
-            self.progress.skipped += 1;
+            count(&mut self.progress.skipped);
         } else if wants == Some(Action::Drop) {
-            self.progress.dropped += 1;
+            count(&mut self.progress.dropped);
         } else if exhausted {
             self.park(record);
         } else {
@@ -341,7 +341,7 @@ impl Deal<'_> {
         let Some((topic, group)) = parse_letters(&self.progress.topic) else { return };
         let to = self.effects.name(&parking_topic(topic, group));
         self.effects.outbox_mut().push(&to, None, record.key, record.value, record.headers.iter());
-        self.progress.parked += 1;
+        count(&mut self.progress.parked);
         self.sent += 1;
     }
 
@@ -349,9 +349,14 @@ impl Deal<'_> {
         let id = self.progress.request_id.clone().unwrap_or_default();
         let from = TopicPartition::new(self.progress.topic.as_str(), partition);
         push_replay(self.effects.outbox_mut(), &from, record, &id);
-        self.progress.replayed += 1;
+        count(&mut self.progress.replayed);
         self.sent += 1;
     }
+}
+
+/// The number it was is read from Kafka, so it may be the largest.
+fn count(letters: &mut i64) {
+    *letters = letters.saturating_add(1);
 }
 
 /// Appends the replay of a dead letter that lies in `from`: key, value and headers byte for byte, with the

@@ -12,6 +12,7 @@ use crate::checks;
 use crate::json::{Time, Value};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
+use std::collections::BTreeMap;
 use std::time::Duration;
 use throughline_model::envelope::{Alert, Enveloped, Measurement};
 use throughline_model::outcome::Settled;
@@ -112,7 +113,8 @@ impl<'a> Notification<'a> {
     }
 }
 
-/// Values by name, each with its unit where it has one: `{"temperature": {"value": 91, "unit": "°C"}}`.
+/// Values by name, each with its unit where it has one: `{"temperature": {"value": 91, "unit": "°C"}}`. Of a name
+/// that comes twice the last counts, as most readers of JSON have it; some refuse such an object.
 struct Values<'a>(&'a [Measurement]);
 
 #[derive(Serialize)]
@@ -124,8 +126,9 @@ struct Measured<'a> {
 
 impl Serialize for Values<'_> {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut map = to.serialize_map(Some(self.0.len()))?;
-        for m in self.0 {
+        let last: BTreeMap<&str, usize> = self.0.iter().map(|m| &*m.name).zip(0..).collect();
+        let mut map = to.serialize_map(Some(last.len()))?;
+        for (_, m) in self.0.iter().enumerate().filter(|(index, m)| last[&*m.name] == *index) {
             let value = Value::of(m.number, m.text.as_deref(), m.flag);
             map.serialize_entry(&m.name, &Measured { value, unit: m.unit.as_deref() })?;
         }

@@ -9,7 +9,7 @@ use std::error::Error;
 /// Confluent's compatibility levels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub(super) enum Level {
+pub enum Level {
     /// Anything may follow.
     None,
     /// New readers understand the last writer.

@@ -8,7 +8,9 @@
 mod api;
 mod compatibility;
 mod records;
-mod state;
+pub mod state;
+
+pub use compatibility::Level;
 
 use crate::error::LocalError;
 use parking_lot::RwLock;

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 
 /// Schemas by id, and versions by subject.
 #[derive(Debug, Default)]
-pub(super) struct State {
+pub struct State {
     /// Text by id, as it was registered.
     schemas: BTreeMap<u32, String>,
     /// Id by canonical text: equal schemas have one id in all subjects.
@@ -22,24 +22,29 @@ pub(super) struct State {
 
 /// One version of a subject.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub(super) struct Version<'a> {
-    pub(super) subject: &'a str,
-    pub(super) version: u32,
-    pub(super) id: u32,
-    pub(super) schema: &'a str,
+pub struct Version<'a> {
+    /// The subject's name.
+    pub subject: &'a str,
+    /// The version's number, from 1.
+    pub version: u32,
+    /// The schema's id.
+    pub id: u32,
+    /// The schema's text.
+    pub schema: &'a str,
 }
 
 /// What a change comes to.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub struct Plan {
     /// Key and value to be written, or `None` where nothing changes.
-    pub(super) record: Option<(Vec<u8>, Vec<u8>)>,
-    pub(super) written: Written,
+    pub record: Option<(Vec<u8>, Vec<u8>)>,
+    /// The answer once they are.
+    pub written: Written,
 }
 
 /// The answer to a change.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Written {
+pub enum Written {
     /// The id of the registered schema.
     Id(u32),
     /// The level that is now in force.
@@ -48,10 +53,13 @@ pub(super) enum Written {
 
 /// An error as Confluent's API spells it: HTTP status, code, message.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ApiError {
-    pub(super) status: u16,
-    pub(super) code: u32,
-    pub(super) message: String,
+pub struct ApiError {
+    /// The HTTP status.
+    pub status: u16,
+    /// Confluent's code.
+    pub code: u32,
+    /// What went wrong.
+    pub message: String,
 }
 
 impl ApiError {
@@ -83,7 +91,7 @@ impl ApiError {
 impl State {
     /// Takes over one record of the topic. What is not understood (other kinds of keys, references to other
     /// schema types) is left out with a warning: the topic may have been another registry's.
-    pub(super) fn apply(&mut self, key: &[u8], value: Option<&[u8]>) {
+    pub fn apply(&mut self, key: &[u8], value: Option<&[u8]>) {
         let applied = match serde_json::from_slice(key) {
             Ok(Key::Schema { subject, version, .. }) => self.apply_schema(&subject, version, value),
             Ok(Key::Config { subject, .. }) => self.apply_config(subject, value),
@@ -97,9 +105,18 @@ impl State {
 
     fn apply_schema(&mut self, subject: &str, version: u32, value: Option<&[u8]>) -> serde_json::Result<()> {
         let value: Option<SchemaValue> = value.map(serde_json::from_slice).transpose()?;
-        if let Some(SchemaValue { id, schema, .. }) = &value {
-            self.ids.entry(canonical(&serde_json::from_str(schema)?)).or_insert(*id);
-            self.schemas.insert(*id, schema.clone());
+        if let Some(SchemaValue { id, schema, deleted, .. }) = &value {
+            let text = canonical(&serde_json::from_str(schema)?);
+            // Values in Kafka carry the id: it never comes to mean another schema.
+            let known = self.schemas.get(id).map(|known| serde_json::from_str(known)).transpose()?;
+            let is_another = known.is_some_and(|known| canonical(&known) != text);
+            if is_another && !deleted {
+                return Err(serde::de::Error::custom(format!("another schema has the id {id}")));
+            }
+            if !is_another {
+                self.ids.entry(text).or_insert(*id);
+                self.schemas.insert(*id, schema.clone());
+            }
         }
         match value.filter(|value| !value.deleted) {
             Some(value) => {
@@ -131,7 +148,7 @@ impl State {
     }
 
     /// Plans the registration of a schema under a subject.
-    pub(super) fn plan_register(&self, subject: &str, text: &str) -> Result<Plan, ApiError> {
+    pub fn plan_register(&self, subject: &str, text: &str) -> Result<Plan, ApiError> {
         let (schema, canonical) = parse(text)?;
         let known_id = self.ids.get(&canonical).copied();
         let versions = self.subjects.get(subject);
@@ -162,7 +179,7 @@ impl State {
     }
 
     /// Plans a new level of a subject, or of all that have none of their own.
-    pub(super) fn plan_level(subject: Option<&str>, level: Level) -> Plan {
+    pub fn plan_level(subject: Option<&str>, level: Level) -> Plan {
         let value = serde_json::to_vec(&ConfigValue { compatibility_level: level });
         let value = value.expect("an enumeration always serialises");
         Plan { record: Some((Key::config(subject).to_bytes(), value)), written: Written::Level(level) }
@@ -170,12 +187,7 @@ impl State {
 
     /// Compares a schema with versions of a subject: one of them, or those that the level asks for. Returns
     /// complaints; empty means compatible.
-    pub(super) fn check(
-        &self,
-        subject: &str,
-        version: Option<&str>,
-        text: &str,
-    ) -> Result<Vec<String>, ApiError> {
+    pub fn check(&self, subject: &str, version: Option<&str>, text: &str) -> Result<Vec<String>, ApiError> {
         let (schema, _) = parse(text)?;
         let earlier = match version {
             Some(version) => {
@@ -188,7 +200,7 @@ impl State {
     }
 
     /// Finds the version of a subject that has this schema.
-    pub(super) fn lookup(&self, subject: &str, text: &str) -> Result<Version<'_>, ApiError> {
+    pub fn lookup(&self, subject: &str, text: &str) -> Result<Version<'_>, ApiError> {
         let (subject, versions) = self.subject(subject)?;
         let (_, canonical) = parse(text)?;
         let id = self.ids.get(&canonical).copied();
@@ -198,7 +210,7 @@ impl State {
     }
 
     /// Returns a version of a subject by its number, or `latest` (also spelled −1).
-    pub(super) fn version(&self, subject: &str, version: &str) -> Result<Version<'_>, ApiError> {
+    pub fn version(&self, subject: &str, version: &str) -> Result<Version<'_>, ApiError> {
         let (subject, versions) = self.subject(subject)?;
         let found = if version == "latest" || version == "-1" {
             versions.last_key_value()
@@ -217,18 +229,18 @@ impl State {
     }
 
     /// Returns the version numbers of a subject.
-    pub(super) fn versions(&self, subject: &str) -> Result<Vec<u32>, ApiError> {
+    pub fn versions(&self, subject: &str) -> Result<Vec<u32>, ApiError> {
         Ok(self.subject(subject)?.1.keys().copied().collect())
     }
 
     /// Returns the text of a schema.
-    pub(super) fn schema(&self, id: &str) -> Result<&str, ApiError> {
+    pub fn schema(&self, id: &str) -> Result<&str, ApiError> {
         let found = id.parse().ok().and_then(|number: u32| self.schemas.get(&number));
         found.map(String::as_str).ok_or_else(|| ApiError::no_schema(&format!("{id} ")))
     }
 
     /// Returns the subjects and versions that use a schema.
-    pub(super) fn users_of(&self, id: &str) -> Result<Vec<(&str, u32)>, ApiError> {
+    pub fn users_of(&self, id: &str) -> Result<Vec<(&str, u32)>, ApiError> {
         self.schema(id)?;
         let number: Option<u32> = id.parse().ok();
         let all =
@@ -240,22 +252,22 @@ impl State {
     }
 
     /// Returns all subjects in alphabetical order.
-    pub(super) fn subjects(&self) -> Vec<&str> {
+    pub fn subjects(&self) -> Vec<&str> {
         self.subjects.keys().map(String::as_str).collect()
     }
 
     /// Returns the level for all subjects without one of their own.
-    pub(super) fn level(&self) -> Level {
+    pub fn level(&self) -> Level {
         self.level
     }
 
     /// Returns the level that a subject has of its own.
-    pub(super) fn own_level(&self, subject: &str) -> Option<Level> {
+    pub fn own_level(&self, subject: &str) -> Option<Level> {
         self.levels.get(subject).copied()
     }
 
     /// Returns the level in force for a subject.
-    pub(super) fn level_of(&self, subject: &str) -> Level {
+    pub fn level_of(&self, subject: &str) -> Level {
         self.own_level(subject).unwrap_or(self.level)
     }
 
@@ -367,6 +379,17 @@ mod tests {
         let gone = r#"{"subject":"s","version":1,"id":1,"schema":"\"long\"","deleted":true}"#;
         state.apply(&Key::schema("s", 1).to_bytes(), Some(gone.as_bytes()));
         assert_eq!(state.versions("s"), Err(ApiError::no_subject("s")));
+    }
+
+    #[test]
+    fn an_id_never_comes_to_mean_another_schema() {
+        let mut state = State::default();
+        register(&mut state, "s", A).unwrap();
+        let other = r#"{"subject":"t","version":1,"id":1,"schema":"\"long\""}"#;
+        state.apply(&Key::schema("t", 1).to_bytes(), Some(other.as_bytes()));
+        assert_eq!(state.schema("1"), Ok(A));
+        assert_eq!(state.versions("t"), Err(ApiError::no_subject("t")));
+        assert_eq!(register(&mut state, "t", "\"long\""), Ok(2));
     }
 
     #[test]

@@ -71,6 +71,16 @@ fn a_clear_says_when_and_an_age_sets_the_expiry() {
 }
 
 #[test]
+fn a_name_that_comes_twice_is_told_once_with_its_last_value() {
+    let codec = codec();
+    let twice = Alert { values: vec![measurement("t", 1.0), measurement("t", 2.0)], ..alert() };
+    let record = fed(&codec, SERVICE_PLATFORM_ALERT_V1, KEY, &twice);
+    let delivery = request(&mut Notify::new(None), &codec, &record).expect("it is to be sent");
+    let body = String::from_utf8(delivery.body).expect("JSON is text");
+    assert!(body.ends_with(r#""values":{"t":{"value":2}}}"#), "{body}");
+}
+
+#[test]
 fn what_no_receiver_could_take_is_dead_lettered() {
     let codec = codec();
     let nameless = Alert { message_id: "42".into(), ..alert() };
