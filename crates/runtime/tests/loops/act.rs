@@ -74,10 +74,14 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::of_partitions(PARTITIONS)
+    }
+
+    fn of_partitions(partitions: i32) -> Self {
         let clock = FakeClock::default();
         let cluster = MemoryCluster::new(clock.clone());
         for topic in TOPICS {
-            cluster.create_topic(topic, PARTITIONS);
+            cluster.create_topic(topic, partitions);
         }
         Self {
             receiver: MemoryReceiver::new(&clock),
@@ -489,6 +493,21 @@ fn a_clock_that_is_set_back_keeps_no_record_waiting() {
     set_back(&world);
     world.pass(&mut running, Duration::from_secs(1));
     assert_eq!(world.receiver.taken(), ["aside"]);
+}
+
+#[test]
+fn no_more_deliveries_are_under_way_than_the_bound() {
+    let world = World::of_partitions(70);
+    world.receiver.set_latency(Duration::from_secs(60));
+    for partition in 0..70 {
+        world.say(partition, &format!("{partition:02}"));
+    }
+    let (mut running, _) = world.start("0");
+    world.pass(&mut running, Duration::from_secs(30));
+    assert_eq!(world.receiver.got().len(), 64, "the others wait");
+    assert_eq!(world.health.status()["roles"][GROUP]["notes"]["in_flight"], 64);
+    world.settle(&mut running);
+    assert_eq!(world.receiver.taken().len(), 70);
 }
 
 #[test]
