@@ -12,6 +12,7 @@ use std::time::Duration;
 use throughline_kafka::{AckedProducer, KafkaConfig};
 use throughline_model::catalog::{Catalog, value_subject};
 use throughline_model::codec::Codec;
+use throughline_model::dead_letter::header;
 use throughline_model::envelope::{DeviceMessage, Measurement};
 use throughline_model::ids::derived_message_id;
 use throughline_model::record::Outbox;
@@ -240,6 +241,41 @@ fn a_policy_replays_once(cluster: &Cluster) {
     wait_for("the twin", SOON, || (rows(cluster, query) == [1]).then_some(()));
 }
 
+/// A letter that was replayed ten times goes to the parking topic, is listed there, and can be dropped there.
+fn what_exhausted_its_replays_is_parked_listed_and_dropped(cluster: &Cluster) {
+    let code = "values_too_large";
+    let headers = [(header::CODE, code.as_bytes()), (header::REPLAY_COUNT, b"10".as_slice())];
+    let mut outbox = Outbox::default();
+    outbox.push(&LETTERS.into(), None, Some(b"depot/meter-1"), Some(b"worn out"), headers);
+    let mut producer = AckedProducer::new(&KafkaConfig::new(cluster.kafka.bootstrap()));
+    producer.send_all(&outbox).expect("Kafka takes it");
+    let listed = |selector: &[&str]| -> Value {
+        let parking = done(cluster, &[&["dlq", "parking"], selector].concat());
+        assert_eq!(
+            (&parking["schema"], &parking["letters_left_out"]),
+            (&"throughline.dlq.parking.v1".into(), &0.into())
+        );
+        parking["causes"].clone()
+    };
+    assert_eq!(listed(&[]), serde_json::json!([]), "it is not parked yet");
+    let asked = done(cluster, &["dlq", "replay", "--topic", LETTERS, "--code", code, "--yes"]);
+    assert_eq!((&asked["requests"][0]["parked"], &asked["requests"][0]["replayed"]), (&1.into(), &0.into()));
+
+    let parked = "device.telemetry.v1.bridge-parking";
+    let causes = listed(&["--code", code]);
+    let [cause] = &causes.as_array().expect("a list")[..] else { panic!("one cause: {causes}") };
+    let shown = ["topic", "stage", "code", "count", "example"].map(|name| &cause[name]);
+    assert_eq!(serde_json::json!(shown), serde_json::json!([parked, "bridge", code, 1, "0/0"]), "{cause}");
+    assert_eq!(cause["fates"], serde_json::json!({"open": 1, "replayed": 0, "dropped": 0}));
+    assert_eq!(listed(&["--code", "payload_empty"]), serde_json::json!([]), "the selector counts");
+    let elsewhere = cluster.command(&["dlq", "parking", "--topic", LETTERS]);
+    assert_eq!(elsewhere.status.code(), Some(2), "{}", said(&elsewhere));
+
+    let reason = ["--reason", "it never helped", "--yes"];
+    done(cluster, &[&["dlq", "drop", "--topic", parked, "--code", code], &reason[..]].concat());
+    assert_eq!(listed(&[])[0]["fates"], serde_json::json!({"open": 0, "replayed": 0, "dropped": 1}));
+}
+
 /// The warning that comes before retention takes what a group has not read.
 fn headroom_is_shown(cluster: &Cluster) {
     let metrics = cluster.metrics("watch");
@@ -340,6 +376,8 @@ fn letters_of_a_wrong_feed_are_mended_by_one_replay_that_survives_its_kills() {
     );
     assert_eq!(dropped["requests"][0]["dropped"], count, "{dropped}");
     assert_eq!((letters(&cluster, garbage, "open"), letters(&cluster, garbage, "dropped")), (0, count));
+
+    what_exhausted_its_replays_is_parked_listed_and_dropped(&cluster);
 
     // The traffic took no harm.
     let query = "SELECT count(*), count(DISTINCT site_id || '/' || device_id || '#' || seq || ' ' || name) FROM reading WHERE site_id != 'depot'";

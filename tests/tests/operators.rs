@@ -83,6 +83,9 @@ fn an_offset_that_was_moved_and_a_database_that_was_restored_stop_stages_until_t
     every_reading_is_there_once(&cluster, 2 * READINGS);
     let nothing = cluster.command(&["groups", "adopt", "bridge_data"]);
     assert!(said(&nothing).contains("nothing to adopt"), "{}", said(&nothing));
+    let elsewhere = cluster.command(&["groups", "adopt", "bridge_data", "--topic", "device.event.v1"]);
+    assert_eq!(elsewhere.status.code(), Some(2), "{}", said(&elsewhere));
+    assert!(said(&elsewhere).contains(input), "it names the topics there are: {}", said(&elsewhere));
 
     let described = tool(&cluster, groups, &["--describe", "--all-groups"]);
     for group in ["evaluate_rules", "update_twin", "bridge_data", "load_warehouse", "project_twins"] {

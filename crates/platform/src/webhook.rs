@@ -251,6 +251,46 @@ mod tests {
     }
 
     #[test]
+    fn eight_deliveries_are_posted_at_once_and_the_others_wait() {
+        const ALL: usize = 12;
+        let soon = Duration::from_secs(30);
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let url = format!("http://{}/", listener.local_addr().expect("bound"));
+        let (tell, come) = channel();
+        let serve = std::thread::spawn(move || {
+            for _ in 0..ALL {
+                let (mut stream, _) = listener.accept().expect("the webhook connects");
+                let (mut got, mut buffer) = (Vec::new(), [0; 4_096]);
+                while !got.ends_with(b"{}") {
+                    let n = stream.read(&mut buffer).expect("it sends");
+                    got.extend_from_slice(&buffer[..n]);
+                }
+                tell.send(stream).expect("the test listens");
+            }
+        });
+        let mut webhook = Webhook::start(&url, Duration::from_secs(60)).expect("threads");
+        for token in 0..ALL as u64 {
+            webhook.begin(token, &Delivery { body: b"{}".to_vec(), ..Delivery::default() });
+        }
+        let mut held: Vec<_> = (0..8).map(|_| come.recv_timeout(soon).expect("eight at once")).collect();
+        // Longer only makes it surer.
+        assert!(come.recv_timeout(Duration::from_millis(500)).is_err(), "the ninth waits for an answer");
+        let mut left = ALL - held.len();
+        while let Some(mut stream) = held.pop() {
+            let answered = stream.write_all(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n");
+            answered.expect("it reads");
+            drop(stream);
+            let (_, answer) = webhook.answer(soon).expect("an answer");
+            assert_eq!(answer, Answer::Delivered);
+            if left > 0 {
+                held.push(come.recv_timeout(soon).expect("each answer lets one more be posted"));
+                left -= 1;
+            }
+        }
+        serve.join().expect("all came");
+    }
+
+    #[test]
     fn silence_is_a_failure_and_a_closed_port_is_no_receiver() {
         let (url, serve) = receiver(None);
         let silent = posted(&url, 100);

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use throughline_model::catalog::ReplayPolicy;
 use throughline_model::codec::Codec;
-use throughline_model::dead_letter::{Action, Letter, STAGE, claimant};
+use throughline_model::dead_letter::{Action, Letter, STAGE, claimant, status};
 use throughline_model::envelope::{
     DeadLetterProgress, DeadLetterRequest, Enveloped, IDENTITY_NONE, LetterRange,
 };
@@ -28,7 +28,8 @@ use throughline_model::topics::{
     SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1 as PROGRESS, SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1 as REQUESTS,
 };
 
-/// Letters that one look takes from a topic, at most: the next look goes on.
+/// Letters that one look takes for a policy, one stretch beyond at most: the next look goes on. It bounds how long
+/// one policy keeps the others and the end of the process waiting.
 const LOOKED_AT_MAX: usize = 20_000;
 
 /// What the policies look through and write to.
@@ -70,6 +71,8 @@ struct Watched {
     heard: Timestamp,
     /// Letters to ask for: from the first to behind the last, by partition.
     wanted: BTreeMap<i32, (i64, i64)>,
+    /// Positions before which none of them is open, by partition.
+    checked: BTreeMap<i32, i64>,
     /// Time of the newest of them.
     newest: Timestamp,
 }
@@ -88,6 +91,7 @@ where
             next: BTreeMap::new(),
             heard: Timestamp(0),
             wanted: BTreeMap::new(),
+            checked: BTreeMap::new(),
             newest: Timestamp(0),
         });
         Self {
@@ -110,18 +114,21 @@ where
         self.follow_requests()?;
         let mut asked = Vec::new();
         for index in 0..self.watched.len() {
-            let is_at_the_end = self.read(index)?;
+            let mut left = LOOKED_AT_MAX;
+            let is_at_the_end = self.read(index, &mut left)?;
             let watched = &self.watched[index];
             let quiet_until = watched.heard.plus(watched.policy.after);
             if !is_at_the_end || watched.wanted.is_empty() || self.clock.now() < quiet_until {
                 continue;
             }
-            match self.is_any_open(index)? {
+            match self.is_any_open(index, &mut left)? {
                 Some(true) => asked.push(self.ask(index)?),
                 Some(false) => {} // Somebody dealt with all of them.
                 None => continue,
             }
-            self.watched[index].wanted.clear();
+            let watched = &mut self.watched[index];
+            watched.wanted.clear();
+            watched.checked.clear();
         }
         Ok(asked)
     }
@@ -136,6 +143,11 @@ where
                 let Some(key) = record.key_str() else { continue };
                 // What does not read is no request of ours, and stops the stage that owns the topic.
                 if let Ok(progress) = self.schemas.codec().decode::<DeadLetterProgress>(record.value) {
+                    if matches!(progress.status.as_str(), status::CANCELLED | status::FAILED) {
+                        // What it gave up may be open again.
+                        let about = self.watched.iter_mut().filter(|w| w.policy.letters == progress.topic);
+                        about.for_each(|watched| watched.checked.clear());
+                    }
                     self.requests.insert(key.to_owned(), progress);
                 }
             }
@@ -145,18 +157,17 @@ where
     }
 
     /// Reads on in the letters of a policy. Returns whether it has seen all that there are.
-    fn read(&mut self, index: usize) -> Result<bool, Failure> {
+    fn read(&mut self, index: usize, left: &mut usize) -> Result<bool, Failure> {
         let watched = &mut self.watched[index];
         let Some(bounds) = self.letters.bounds(&watched.policy.letters)? else { return Ok(false) };
         let name = watched.policy.name();
         let own: Vec<&DeadLetterProgress> =
             self.requests.values().filter(|request| request.requested_by == name).collect();
-        let mut left = LOOKED_AT_MAX;
         for (partition, first, end) in bounds {
             let mut next = watched.next.get(&partition).copied().unwrap_or(first).max(first);
             let at = TopicPartition::new(watched.policy.letters.as_str(), partition);
             while next < end {
-                if left == 0 {
+                if *left == 0 {
                     return Ok(false);
                 }
                 match self.letters.read(&at, next, end)? {
@@ -165,7 +176,7 @@ where
                     Stretch::Records(batch) => {
                         for record in batch.iter().filter(|record| record.offset >= next) {
                             watched.see(&Letter::of(partition, &record), &own);
-                            left = left.saturating_sub(1);
+                            *left = left.saturating_sub(1);
                         }
                         next = batch.iter().last().map_or(next, |record| record.offset + 1).max(next);
                     }
@@ -176,29 +187,33 @@ where
         Ok(true)
     }
 
-    /// Says whether a letter is left that belongs to no request; `None` where they could not be read just now.
-    fn is_any_open(&mut self, index: usize) -> Result<Option<bool>, Failure> {
-        let watched = &self.watched[index];
-        let letters = &watched.policy.letters;
+    /// Says whether a letter is left that belongs to no request; `None` where not all could be looked at just now:
+    /// then the next call goes on where this one stood.
+    fn is_any_open(&mut self, index: usize, left: &mut usize) -> Result<Option<bool>, Failure> {
+        let Watched { policy, wanted, checked, .. } = &mut self.watched[index];
         let mut requests: Vec<&DeadLetterProgress> =
-            self.requests.values().filter(|request| request.topic == *letters).collect();
+            self.requests.values().filter(|request| request.topic == policy.letters).collect();
         requests.sort_by(|a, b| a.order(b));
-        for (partition, (first, end)) in &watched.wanted {
-            let at = TopicPartition::new(letters.as_str(), *partition);
-            let mut next = *first;
-            while next < *end {
-                match self.letters.read(&at, next, *end)? {
+        for (partition, (first, end)) in wanted {
+            let at = TopicPartition::new(policy.letters.as_str(), *partition);
+            let next = checked.entry(*partition).or_insert(*first);
+            while *next < *end {
+                if *left == 0 {
+                    return Ok(None);
+                }
+                match self.letters.read(&at, *next, *end)? {
                     Stretch::Waiting => return Ok(None),
-                    Stretch::End => break,
+                    Stretch::End => *next = *end,
                     Stretch::Records(batch) => {
-                        for record in batch.iter().filter(|r| (next..*end).contains(&r.offset)) {
+                        for record in batch.iter().filter(|r| (*next..*end).contains(&r.offset)) {
                             let letter = Letter::of(*partition, &record);
                             let is_open = claimant(&letter, requests.iter().copied()).is_none();
-                            if watched.policy.takes(&letter) && is_open {
+                            if policy.takes(&letter) && is_open {
                                 return Ok(Some(true));
                             }
+                            *left = left.saturating_sub(1);
                         }
-                        next = batch.iter().last().map_or(*end, |record| record.offset + 1).max(next);
+                        *next = batch.iter().last().map_or(*end, |record| record.offset + 1).max(*next);
                     }
                 }
             }

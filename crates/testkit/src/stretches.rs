@@ -10,12 +10,21 @@ pub struct MemoryStretches {
     cluster: MemoryCluster,
     batch_max: usize,
     batch: Option<Batch>,
+    is_slow: bool,
+    /// Where the call before wanted to read.
+    wanted: Option<(TopicPartition, i64)>,
 }
 
 impl MemoryStretches {
     /// Makes a reader of `cluster` that passes at most `batch_max` records a call.
     pub fn new(cluster: &MemoryCluster, batch_max: usize) -> Self {
-        Self { cluster: cluster.clone(), batch_max, batch: None }
+        Self { cluster: cluster.clone(), batch_max, batch: None, is_slow: false, wanted: None }
+    }
+
+    /// The same for a broker that answers later than a call waits: what lies at a position comes with the second
+    /// call for it in a row, and is lost to who reads elsewhere meanwhile.
+    pub fn slow(cluster: &MemoryCluster, batch_max: usize) -> Self {
+        Self { is_slow: true, ..Self::new(cluster, batch_max) }
     }
 }
 
@@ -33,6 +42,10 @@ impl StretchReader for MemoryStretches {
 
     fn read(&mut self, partition: &TopicPartition, from: i64, to: i64) -> Result<Stretch<'_>, Failure> {
         self.cluster.faults().pass(Point::Stretch)?;
+        let wanted = Some((partition.clone(), from));
+        if self.is_slow && std::mem::replace(&mut self.wanted, wanted.clone()) != wanted {
+            return Ok(Stretch::Waiting);
+        }
         let mut inner = self.cluster.lock();
         let (records, next, _) = inner.read(&partition.topic, partition.partition, from, self.batch_max);
         drop(inner);

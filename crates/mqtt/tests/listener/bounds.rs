@@ -1,7 +1,7 @@
 //! What happens at the bounds of the listener, as docs/bounds.md says it.
 
 use super::support::*;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use throughline_model::topics::{DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1};
@@ -10,7 +10,8 @@ use throughline_telemetry::{Metric, counter};
 /// Bytes that the listener reads at once.
 const ONE_READ: u64 = 64 << 10;
 
-fn note(rig: &Rig, name: &str) -> f64 {
+/// Returns a number of what the listener says of itself.
+pub fn note(rig: &Rig, name: &str) -> f64 {
     rig.health.status()["roles"]["bridge"]["notes"]["listener"][name].as_f64().unwrap_or_default()
 }
 
@@ -94,13 +95,54 @@ fn what_all_connections_hold_is_bounded_and_nothing_of_it_is_lost() {
 #[test]
 fn part_of_a_packet_does_not_take_the_room_of_all() {
     let rig = Rig::with(|l| l.bounds.held_bytes_max = 10_000);
-    let mut slow = rig.client(5, "site-1/slow");
+    let mut slow = with_will(&rig, "site-1/slow");
     slow.send(&packet(0x30, &[0; 100_000])[..20_000]);
     slow.expect(&[0xe0, 2, 0x97, 0]);
     slow.expect_end();
     let mut other = rig.client(4, "site-1/pump-7");
     other.send(&publish(4, TOPIC, 1, &reading(1)));
     other.expect_puback(1);
+    // What is said of a connection is said before it ends. Its client did nothing wrong, so no will.
+    let events = events(&rig, 3);
+    assert_eq!(events[..2], ["slow connected ", "slow disconnected held_bytes"]);
+    assert_eq!(events[2..], ["pump-7 connected "]);
+    assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 1);
+}
+
+/// Connects with a will that says reading 99 of its device.
+fn with_will(rig: &Rig, id: &str) -> Raw {
+    let topic = format!("tl/{id}/telemetry");
+    let mut raw = rig.raw();
+    raw.send(&connect(5, id, 6, 0, &[vec![0], text(topic.as_bytes()), text(&reading(99))].concat()));
+    assert_eq!(raw.connack(5), (0, 0));
+    raw
+}
+
+/// Waits for so many session events and returns device, event and cause of all.
+fn events(rig: &Rig, count: usize) -> Vec<String> {
+    let said = rig.sessions(count);
+    said.iter().map(|s| format!("{} {} {}", s.device_id, s.event, s.cause.as_deref().unwrap_or(""))).collect()
+}
+
+#[test]
+fn who_takes_no_bytes_is_closed_where_all_wait_for_its_room() {
+    let rig = Rig::with(|l| {
+        l.bounds.out_bytes_max = 1_000;
+        // Half a ping has room, two whole ones have none.
+        l.bounds.held_bytes_max = 4;
+    });
+    let mut other = rig.client(4, "site-1/pump-7");
+    let clogs = with_will(&rig, "site-1/clogs");
+    let mut sender = clogs.0.try_clone().expect("clones");
+    let pings = [0xc0_u8, 0].repeat(32 << 10);
+    let sends = std::thread::spawn(move || while sender.write_all(&pings).is_ok() {});
+    let sent = rig.memory.wait_for(DEVICE_TELEMETRY_V1, 1);
+    assert_eq!(rig.message(&sent[0]).seq, Some(99), "the will: this client does not do its part");
+    let events = events(&rig, 4);
+    assert_eq!(events[2..], ["clogs disconnected out_bytes", "clogs will "]);
+    other.send(&publish(4, TOPIC, 1, &reading(1)));
+    other.expect_puback(1);
+    sends.join().expect("its connection ends");
 }
 
 #[test]

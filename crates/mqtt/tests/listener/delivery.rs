@@ -1,5 +1,6 @@
 //! What becomes of publishes: acknowledgements, pauses, dead letters.
 
+use super::bounds::note;
 use super::support::*;
 use super::{TELEMETRY_DLT, UNMATCHED};
 use std::time::Duration;
@@ -91,6 +92,8 @@ fn a_full_producer_queue_pauses_reading_and_loses_nothing() {
         client.send(&packets);
     }
     rig.memory.wait_for(DEVICE_TELEMETRY_V1, 2);
+    until("the pause", || note(&rig, "connections_paused") == 3.0);
+    assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 2, "with three session events it is full");
     rig.memory.flow();
     for client in &mut clients {
         for id in 1..=6 {

@@ -13,6 +13,7 @@ use throughline_kafka::{KafkaConfig, ask_incarnation};
 use throughline_model::books::Books;
 use throughline_model::record::TopicPartition;
 use throughline_model::stage::{Kind, StageSpec};
+use throughline_model::strict_toml::suggestion;
 use throughline_runtime::Incarnation;
 use throughline_runtime::ports::Advance;
 use throughline_store::SqlStore;
@@ -75,7 +76,8 @@ struct Adopted {
 /// Shows or does it.
 ///
 /// # Errors
-/// Exit code 1 while the group has members, 2 where a decision is missing, 4 when a dependency is away.
+/// Exit code 1 while the group has members, 2 where a decision is missing or the topic is none of the group's, 4
+/// when a dependency is away.
 pub fn run(context: &Context, adoption: &Adoption) -> Result<Exit, CliError> {
     let group = adoption.group.as_str();
     let kafka = context.kafka();
@@ -89,6 +91,7 @@ pub fn run(context: &Context, adoption: &Adoption) -> Result<Exit, CliError> {
         None => in_kafka(&admin, &here, committed, spec.as_ref())?,
         Some(store) => in_store(store, group, committed)?,
     };
+    let standing = of_topic(group, adoption.topic.as_deref(), standing)?;
     let adopted = decide(&admin, &here, adoption, standing, spec.as_ref())?;
     if adopted.is_empty() {
         output::line(&format!(
@@ -140,6 +143,24 @@ fn here(
     Ok(ask_incarnation(kafka, &topics, spec.and_then(|spec| spec.changelog.as_deref())).ask()?)
 }
 
+/// Returns the offsets of the topic that was asked for, of all where none was.
+fn of_topic(group: &str, wanted: Option<&str>, standing: Vec<Standing>) -> Result<Vec<Standing>, CliError> {
+    let Some(wanted) = wanted else { return Ok(standing) };
+    let topics: BTreeSet<&str> = standing.iter().map(|s| &*s.partition.topic).collect();
+    if topics.is_empty() {
+        return Err(CliError::usage(format!("`{group}` has no offset in any topic, so none in `{wanted}`")));
+    }
+    if !topics.contains(wanted) {
+        let hint = suggestion(wanted, topics.iter().copied());
+        let topics: Vec<&str> = topics.into_iter().collect();
+        return Err(CliError::usage(format!(
+            "`{group}` has no offset in `{wanted}`{hint} (it has some in: {})",
+            topics.join(", ")
+        )));
+    }
+    Ok(standing.into_iter().filter(|s| *s.partition.topic == *wanted).collect())
+}
+
 /// Returns what is to be committed where.
 fn decide(
     admin: &Admin,
@@ -148,9 +169,7 @@ fn decide(
     standing: Vec<Standing>,
     spec: Option<&StageSpec>,
 ) -> Result<Vec<Adopted>, CliError> {
-    let of_topic = |s: &Standing| adoption.topic.as_deref().is_none_or(|topic| *s.partition.topic == *topic);
     let volume = format!("adopted-{}", Uuid::now_v7());
-    let standing: Vec<Standing> = standing.into_iter().filter(of_topic).collect();
     let partitions: Vec<TopicPartition> = standing.iter().map(|s| s.partition.clone()).collect();
     let (earliest, latest) = (admin.earliest(&partitions)?, admin.latest(&partitions)?);
     let mut adopted = Vec::new();
@@ -325,6 +344,37 @@ mod tests {
             let found = destination(begin, &standing, 10, 100);
             assert_eq!(found.ok(), expected, "{} {}", standing.next, standing.is_of_here);
         }
+    }
+
+    #[test]
+    fn a_topic_that_the_group_does_not_have_is_a_usage_error_that_names_those_it_has() {
+        let has = |topics: &[(&str, i32)]| -> Vec<Standing> {
+            let standing = |(topic, number): &(&str, i32)| Standing {
+                partition: TopicPartition::new(*topic, *number),
+                next: 5,
+                books: None,
+                is_of_here: true,
+                copy: None,
+            };
+            topics.iter().map(standing).collect()
+        };
+        let two = [("device.event.v1", 0), ("device.telemetry.v1", 0), ("device.telemetry.v1", 1)];
+        let check = |wanted: Option<&str>, topics: &[(&str, i32)], expected: Result<usize, &str>| {
+            let found = of_topic("update_twin", wanted, has(topics));
+            assert!(found.as_ref().err().is_none_or(|error| error.exit == Exit::Usage));
+            let found = found.map(|standing| standing.len()).map_err(|error| error.message);
+            assert_eq!(found, expected.map_err(str::to_owned));
+        };
+        check(None, &two, Ok(3));
+        check(None, &[], Ok(0));
+        check(Some("device.telemetry.v1"), &two, Ok(2));
+        check(
+            Some("device.telemetri.v1"),
+            &two,
+            Err("`update_twin` has no offset in `device.telemetri.v1`; did you mean `device.telemetry.v1`? \
+                 (it has some in: device.event.v1, device.telemetry.v1)"),
+        );
+        check(Some("x"), &[], Err("`update_twin` has no offset in any topic, so none in `x`"));
     }
 
     #[test]

@@ -74,10 +74,14 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::of_partitions(PARTITIONS)
+    }
+
+    fn of_partitions(partitions: i32) -> Self {
         let clock = FakeClock::default();
         let cluster = MemoryCluster::new(clock.clone());
         for topic in TOPICS {
-            cluster.create_topic(topic, PARTITIONS);
+            cluster.create_topic(topic, partitions);
         }
         Self {
             receiver: MemoryReceiver::new(&clock),
@@ -127,11 +131,15 @@ impl World {
         panic!("20,000 turns did not do it");
     }
 
-    fn pass(&self, running: &mut Loop, time: Duration) {
+    /// Turns for so long; returns how often.
+    fn pass(&self, running: &mut Loop, time: Duration) -> usize {
         let end = self.clock.now().plus(time);
+        let mut turns = 0;
         while self.clock.now() < end {
             running.turn().unwrap();
+            turns += 1;
         }
+        turns
     }
 
     /// Returns the committed counts by outcome over all partitions of the topics that the group reads.
@@ -232,6 +240,8 @@ fn a_receiver_that_is_down_for_hours_is_waited_for_and_nothing_is_dead_lettered(
         world.pass(&mut running, Duration::from_secs(2 * 3_600));
         let attempts = world.receiver.got().len();
         assert!((600..900).contains(&attempts), "{attempts} attempts in two hours, every 10 s at last");
+        let tried: BTreeSet<String> = world.receiver.got().into_iter().map(|(_, d, _)| d.id).collect();
+        assert!(tried.len() <= 2 * PARTITIONS as usize, "no more than two of a partition: {tried:?}");
         assert!(!world.dependency_is_up());
         assert_eq!((world.counts(), world.cluster.records(RETRY).len()), ([0; 6], 0), "{answer:?}");
         world.receiver.answer_with(|_| Answer::Delivered);
@@ -427,6 +437,77 @@ fn kafka_away_stops_the_commits_and_repeats_only_what_was_uncommitted() {
     let taken = world.receiver.taken();
     assert_eq!(taken.len(), 22, "x twice: {taken:?}");
     assert_eq!(world.counts(), [21, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn a_loop_that_waits_for_the_other_side_does_not_spin() {
+    // What is read and has no room, and what retention left while something is without an answer.
+    for overtaken in [false, true] {
+        let world = World::new();
+        world.receiver.answer_with(|_| failed());
+        world.say(0, "first");
+        let (mut running, _) = world.start("0");
+        world.pass(&mut running, Duration::from_secs(1));
+        for number in 0..20 {
+            world.say(0, &format!("{number:02}"));
+        }
+        if overtaken {
+            world.cluster.delete_before(INPUT, 0, 8);
+        }
+        let turns = world.pass(&mut running, Duration::from_secs(60));
+        // It polls every 100 ms, and a little is done for each attempt.
+        assert!((500..1_500).contains(&turns), "{turns} turns in a minute, overtaken: {overtaken}");
+        world.receiver.answer_with(|_| Answer::Delivered);
+        world.settle(&mut running);
+        assert_eq!(world.receiver.taken().len(), if overtaken { 14 } else { 21 });
+    }
+}
+
+#[test]
+fn a_clock_that_is_set_back_keeps_no_record_waiting() {
+    let hour = Duration::from_secs(3_600);
+    let set_back = |world: &World| {
+        let back = Timestamp(world.clock.now().0 - hour.as_micros() as i64);
+        world.clock.set(back);
+    };
+    // One that is to be tried again in 10 s.
+    let world = World::new();
+    world.receiver.answer_with(move |_| Answer::Failed { message: "429".to_owned(), wait: Some(hour) });
+    world.say(0, "tried");
+    let (mut running, _) = world.start("0");
+    world.pass(&mut running, Duration::from_secs(1));
+    assert_eq!(world.receiver.got().len(), 1);
+    world.receiver.answer_with(|_| Answer::Delivered);
+    set_back(&world);
+    world.pass(&mut running, Duration::from_secs(1));
+    assert_eq!(world.receiver.taken(), ["tried"], "it is due rather than an hour late");
+
+    // One that waits in the retry topic.
+    let world = World::new();
+    let not_before = world.clock.now().plus(Duration::from_secs(40)).as_millis().to_string();
+    let headers = [("tl-retry-count", b"1".as_slice()), ("tl-retry-not-before", not_before.as_bytes())];
+    world.cluster.append(RETRY, 0, Some(b"k"), Some(b"aside"), headers);
+    let (mut running, _) = world.start("0");
+    world.pass(&mut running, Duration::from_secs(1));
+    assert!(world.receiver.got().is_empty());
+    set_back(&world);
+    world.pass(&mut running, Duration::from_secs(1));
+    assert_eq!(world.receiver.taken(), ["aside"]);
+}
+
+#[test]
+fn no_more_deliveries_are_under_way_than_the_bound() {
+    let world = World::of_partitions(70);
+    world.receiver.set_latency(Duration::from_secs(60));
+    for partition in 0..70 {
+        world.say(partition, &format!("{partition:02}"));
+    }
+    let (mut running, _) = world.start("0");
+    world.pass(&mut running, Duration::from_secs(30));
+    assert_eq!(world.receiver.got().len(), 64, "the others wait");
+    assert_eq!(world.health.status()["roles"][GROUP]["notes"]["in_flight"], 64);
+    world.settle(&mut running);
+    assert_eq!(world.receiver.taken().len(), 70);
 }
 
 #[test]

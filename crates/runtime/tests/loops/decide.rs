@@ -494,6 +494,25 @@ fn the_drain_commits_what_is_in_flight() {
 }
 
 #[test]
+fn a_transaction_takes_so_many_records_and_one_batch_beyond_at_most() {
+    let mut world = World::new(&[INPUT], 1);
+    world.config.commit_interval = Some(Duration::from_secs(3_600));
+    world.config.records_max = 25;
+    world.batch_max = 10;
+    for _ in 0..100 {
+        world.say("a", "add:1");
+    }
+    let (mut running, _) = world.start("i");
+    let mut committed = Vec::new();
+    for _ in 0..40 {
+        running.turn().unwrap();
+        committed.push(world.output().len());
+    }
+    committed.dedup();
+    assert_eq!(committed, [0, 30, 60, 90], "each commit at the first batch that passes 25");
+}
+
+#[test]
 fn large_outputs_go_to_the_open_transaction_before_the_commit() {
     let mut world = World::new(&[INPUT], 1);
     world.config.commit_interval = Some(Duration::from_secs(3_600));

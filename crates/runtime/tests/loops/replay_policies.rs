@@ -8,13 +8,17 @@ use throughline_model::dead_letter::{Action, status};
 use throughline_model::envelope::DeadLetterRequest;
 use throughline_model::topics::SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1 as REQUESTS;
 use throughline_runtime::{PolicyPorts, ReplayPolicies};
-use throughline_testkit::{Fault, MemoryOutlet, MemorySchemas, MemoryStretches, MemoryTables};
+use throughline_testkit::{Fault, MemoryOutlet, MemorySchemas, MemoryStretches, MemoryTables, Point};
 
 const AFTER: Duration = Duration::from_secs(600);
 
 type Policies = ReplayPolicies<MemoryStretches, MemoryTables, MemoryOutlet, MemorySchemas>;
 
 fn policies(world: &World, times: u32) -> Policies {
+    policies_over(world, times, MemoryStretches::new(&world.cluster, 4))
+}
+
+fn policies_over(world: &World, times: u32, letters: MemoryStretches) -> Policies {
     let policy = ReplayPolicy {
         letters: LETTERS.to_owned(),
         code: "unknown_schema".to_owned(),
@@ -23,7 +27,7 @@ fn policies(world: &World, times: u32) -> Policies {
         rate: 1_000,
     };
     let ports = PolicyPorts {
-        letters: MemoryStretches::new(&world.cluster, 4),
+        letters,
         tables: MemoryTables::new(&world.cluster),
         outlet: MemoryOutlet::new(&world.cluster),
         schemas: MemorySchemas::new(&world.cluster),
@@ -147,6 +151,83 @@ fn what_an_operator_dealt_with_is_not_touched() {
     world.settle(&[&cancelled[0]]);
     world.clock.advance(AFTER);
     assert!(policies.look().unwrap().is_empty());
+}
+
+/// Looks until a request comes, at most `most` times.
+fn looks(policies: &mut Policies, most: usize) -> Vec<String> {
+    (0..most).map(|_| policies.look().unwrap()).find(|ids| !ids.is_empty()).unwrap_or_default()
+}
+
+#[test]
+fn a_broker_that_is_slow_only_delays_it_and_what_was_looked_at_is_not_read_again() {
+    let world = World::new();
+    let mut policies = policies_over(&world, 1, MemoryStretches::slow(&world.cluster, 4));
+    fail(&world, &["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]);
+    world.ask(&coded("drop", Action::Drop, "unknown_schema"));
+    world.settle(&["drop"]);
+    fail(&world, &["open"]);
+    world.clock.advance(AFTER);
+    let read_before = world.cluster.faults().passed(Point::Stretch);
+    let ids = looks(&mut policies, 20);
+    // Three stretches of at most 4 letters are seen and then checked, each comes with the second call, and each
+    // look asks for the bounds.
+    let passes = world.cluster.faults().passed(Point::Stretch) - read_before;
+    assert_eq!((ids.len(), passes), (1, 6 * 2 + 7), "each stretch is read once");
+    world.settle(&[&ids[0]]);
+    assert_eq!(world.replayed(), ["open"]);
+
+    // A drop that is undone while its letters are looked at leaves them open, those looked at already too.
+    fail(&world, &["k", "l", "m", "n", "o", "p"]);
+    world.ask(&coded("undone", Action::Drop, "unknown_schema"));
+    world.settle(&["undone"]);
+    world.clock.advance(AFTER);
+    assert!(looks(&mut policies, 4).is_empty(), "it stands at the second of two stretches");
+    world.ask(&DeadLetterRequest {
+        topic: LETTERS.to_owned(),
+        ..coded("undone", Action::Cancel, "unknown_schema")
+    });
+    world.settle_cancelled("undone");
+    let ids = looks(&mut policies, 20);
+    world.settle(&[&ids[0]]);
+    assert_eq!(world.replayed(), ["open", "k", "l", "m", "n", "o", "p"]);
+}
+
+/// Looks once; returns how often that asked for bounds or a stretch, and how many requests came.
+fn look_and_count(world: &World, policies: &mut Policies) -> (usize, usize) {
+    let before = world.cluster.faults().passed(Point::Stretch);
+    let ids = policies.look().unwrap();
+    (world.cluster.faults().passed(Point::Stretch) - before, ids.len())
+}
+
+#[test]
+fn a_look_takes_so_many_letters_and_the_next_one_goes_on() {
+    const MORE_THAN_A_LOOK: usize = 20_001;
+    let world = World::new();
+    let mut policies = policies_over(&world, 1, MemoryStretches::new(&world.cluster, 1_000));
+    fail(&world, &vec!["x"; MORE_THAN_A_LOOK]);
+    world.clock.advance(AFTER);
+    assert_eq!(look_and_count(&world, &mut policies), (1 + 20, 0), "it did not see them all yet");
+    assert_eq!(
+        look_and_count(&world, &mut policies),
+        (1 + 1 + 1, 1),
+        "one more is seen, and the first one is open"
+    );
+
+    // Where somebody dealt with them, they are looked at again, and that is bounded too.
+    let other = World::new();
+    let mut policies = policies_over(&other, 1, MemoryStretches::new(&other.cluster, 1_000));
+    fail(&other, &vec!["x"; MORE_THAN_A_LOOK]);
+    other.ask(&coded("drop", Action::Drop, "unknown_schema"));
+    other.settle(&["drop"]);
+    fail(&other, &["open"]);
+    other.clock.advance(AFTER);
+    assert_eq!(look_and_count(&other, &mut policies), (1 + 20, 0));
+    assert_eq!(
+        look_and_count(&other, &mut policies),
+        (1 + 1 + 20, 0),
+        "two are seen, 19,998 checked and a stretch filled up"
+    );
+    assert_eq!(look_and_count(&other, &mut policies), (1 + 1, 1), "the rest is checked");
 }
 
 #[test]

@@ -112,6 +112,12 @@ impl World {
     pub fn settle(&self, ids: &[&str]) {
         self.run(ids, &mut Random(0), None);
     }
+
+    /// Runs until a request that had ended is cancelled.
+    pub fn settle_cancelled(&self, id: &str) {
+        let is_cancelled = || self.progress(id).is_some_and(|p| p.status == status::CANCELLED);
+        drive_until(self.start(), || self.start(), |p| p.turn(), is_cancelled, &mut Random(0), None);
+    }
 }
 
 fn replays_of_requests() -> String {

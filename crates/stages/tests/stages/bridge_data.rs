@@ -57,12 +57,14 @@ fn equal_device_names_and_seqs_at_two_sites_are_two_readings() {
 #[test]
 fn a_reading_that_fails_a_check_is_dead_lettered_with_its_code() {
     type Spoil = fn(&mut DeviceMessage);
-    let cases: [(&str, Spoil); 12] = [
+    let cases: [(&str, Spoil); 14] = [
         ("time_out_of_range", |m| m.occurred_at = Timestamp(m.received_at.0 - 30 * DAY - 1)),
         ("time_out_of_range", |m| m.occurred_at = Timestamp(m.received_at.0 + DAY / 24 + 1)),
         ("no_measurements", |m| m.measurements.clear()),
         ("name_invalid", |m| m.measurements[0].name.clear()),
         ("name_invalid", |m| m.measurements[0].name = "a\0".into()),
+        ("name_invalid", |m| m.measurements[0].name = "n".repeat(257)),
+        ("text_too_long", |m| m.measurements[0].unit = Some("u".repeat(65))),
         ("number_not_finite", |m| m.measurements[0].number = Some(f64::NAN)),
         ("value_ambiguous", |m| m.measurements[0].flag = Some(true)),
         ("nul_in_text", |m| m.measurements[0].unit = Some("\0".into())),

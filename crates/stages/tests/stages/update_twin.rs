@@ -236,7 +236,8 @@ fn a_device_cannot_grow_its_twin_beyond_a_record() {
 #[test]
 fn a_long_text_of_the_envelope_is_dead_lettered_and_leaves_no_trace() {
     type Spoil = fn(&mut DeviceMessage);
-    let cases: [Spoil; 4] = [
+    let cases: [Spoil; 5] = [
+        |m| m.trace_id = "t".repeat(1_025),
         |m| m.agent_version = Some("v".repeat(1_025)),
         |m| m.config_version = Some("v".repeat(1_025)),
         |m| m.request_id = Some("r".repeat(1_025)),

@@ -1,105 +1,79 @@
-//! `dlq list` and `dlq show`.
+//! `dlq list`, `dlq parking` and `dlq show`.
 
-use super::selector::{Fates, Found, Selector};
+use super::causes::{CAUSES_MAX, Causes, cause};
+use super::selector::{Fates, Found, Selection, Selector};
 use crate::config::Flags;
 use crate::context::Context;
 use crate::failure::{CliError, Exit};
 use crate::output;
 use crate::records::{Reader, brief, hex, place};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use throughline_model::dead_letter::{Fate, header, parse_letters};
+use throughline_model::dead_letter::{Fate, header};
 use throughline_model::record::Record;
-use throughline_model::time::Timestamp;
-
-/// What letters are grouped by.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Cause {
-    topic: String,
-    stage: String,
-    code: String,
-    schema_id: Option<u32>,
-    /// The rule that made the record, with its version.
-    rule: Option<String>,
-}
-
-struct Group {
-    fates: Fates,
-    first: Timestamp,
-    last: Timestamp,
-    /// The newest open letter, or the newest.
-    example: String,
-    example_is_open: bool,
-    message: String,
-}
 
 /// Counts dead letters by cause.
 pub fn list(flags: &Flags, context: &Context, selector: &Selector) -> Result<Exit, CliError> {
-    let mut groups: BTreeMap<Cause, Group> = BTreeMap::new();
-    selector.read(context)?.each(context, |found| {
-        let time = found.record.time;
-        let group = groups.entry(cause(found)).or_insert_with(|| Group {
-            fates: Fates::default(),
-            first: time,
-            last: time,
-            example: String::new(),
-            example_is_open: false,
-            message: String::new(),
-        });
-        group.fates.count(found.fate);
-        group.first = group.first.min(time);
-        group.last = group.last.max(time);
-        let is_open = found.fate == Fate::Open;
-        if is_open || !group.example_is_open {
-            group.example = format!("{}/{}", found.letter.partition, found.letter.offset);
-            group.example_is_open = is_open;
-            group.message = text(&found.record, header::MESSAGE);
-        }
+    print_causes(flags, "dlq.list", &gather(context, &selector.read(context)?)?, &Fates::ALL);
+    Ok(Exit::Done)
+}
+
+/// Counts by cause what had exhausted its replays. In a parking topic nothing is parked again.
+pub fn parking(flags: &Flags, context: &Context, selector: &Selector) -> Result<Exit, CliError> {
+    let fates = [Fate::Open, Fate::Replayed, Fate::Dropped];
+    print_causes(flags, "dlq.parking", &gather(context, &selector.read_parking(context)?)?, &fates);
+    Ok(Exit::Done)
+}
+
+fn gather(context: &Context, selection: &Selection) -> Result<Causes, CliError> {
+    let mut causes = Causes::default();
+    selection.each(context, |found| {
+        causes.count(found);
         ControlFlow::Continue(())
     })?;
+    Ok(causes)
+}
+
+fn print_causes(flags: &Flags, kind: &str, causes: &Causes, fates: &[Fate]) {
     if flags.json {
-        let causes: Vec<Value> = groups
+        let listed: Vec<Value> = causes
+            .groups
             .iter()
             .map(|(cause, g)| {
-                let count: u64 = Fates::ALL.iter().map(|fate| g.fates.of(*fate)).sum();
                 json!({"topic": cause.topic, "stage": cause.stage, "code": cause.code,
-                       "schema_id": cause.schema_id, "rule": cause.rule, "count": count, "fates": g.fates.by_name(),
+                       "schema_id": cause.schema_id, "rule": cause.rule, "count": g.fates.sum(),
+                       "fates": g.fates.by_name(fates),
                        "first": g.first.to_string(), "last": g.last.to_string(),
                        "example": g.example, "message": g.message})
             })
             .collect();
-        output::json("dlq.list", json!({ "causes": causes }));
-        return Ok(Exit::Done);
+        output::json(kind, json!({"causes": listed, "letters_left_out": causes.letters_left_out}));
+        return;
     }
-    let rows: Vec<Vec<String>> = groups
+    let rows: Vec<Vec<String>> = causes
+        .groups
         .iter()
         .map(|(cause, g)| {
             let mut row = vec![cause.topic.clone(), cause.stage.clone(), cause.code.clone()];
             row.push(cause.schema_id.map(|id| id.to_string()).unwrap_or_default());
             row.push(cause.rule.clone().unwrap_or_default());
-            row.extend(Fates::ALL.iter().map(|fate| g.fates.of(*fate).to_string()));
+            row.push(g.fates.sum().to_string());
+            row.extend(fates.iter().map(|fate| g.fates.of(*fate).to_string()));
             row.extend([g.first.to_string(), g.last.to_string(), g.example.clone(), g.message.clone()]);
             row
         })
         .collect();
-    let header = [
-        "TOPIC", "STAGE", "CODE", "SCHEMA", "RULE", "OPEN", "REPLAYED", "DROPPED", "PARKED", "FIRST", "LAST",
-        "EXAMPLE", "MESSAGE",
-    ];
+    let names: Vec<String> = fates.iter().map(|fate| fate.label().to_uppercase()).collect();
+    let mut header = vec!["TOPIC", "STAGE", "CODE", "SCHEMA", "RULE", "COUNT"];
+    header.extend(names.iter().map(String::as_str));
+    header.extend(["FIRST", "LAST", "EXAMPLE", "MESSAGE"]);
     output::table(&header, &rows);
-    Ok(Exit::Done)
-}
-
-fn cause(found: &Found<'_>) -> Cause {
-    let stated = text(&found.record, header::STAGE);
-    let owner = parse_letters(found.topic).map(|(_, group)| group.to_owned()).unwrap_or_default();
-    Cause {
-        topic: found.topic.to_owned(),
-        stage: if stated.is_empty() { owner } else { stated },
-        code: found.letter.code.to_owned(),
-        schema_id: found.letter.schema_id,
-        rule: Some(text(&found.record, header::RULE)).filter(|rule| !rule.is_empty()),
+    if causes.letters_left_out > 0 {
+        output::notice(&format!(
+            "{} letters of further causes are not listed: at most {CAUSES_MAX} causes are; select fewer with \
+             `--topic`, `--code` or `--since`",
+            causes.letters_left_out
+        ));
     }
 }
 

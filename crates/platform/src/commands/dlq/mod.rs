@@ -3,6 +3,7 @@
 //! Replays and drops are requests on a topic that the role `reprocess_dead_letters` carries out, so they
 //! survive the terminal that asked for them.
 
+mod causes;
 mod list;
 mod replay;
 mod requests;
@@ -25,6 +26,11 @@ pub struct Args {
 enum Command {
     /// Count dead letters by topic, stage, code, schema and rule version, open ones and those that were dealt with
     List {
+        #[command(flatten)]
+        selector: Selector,
+    },
+    /// Count what exhausted its replays and was parked, by cause as `list` does
+    Parking {
         #[command(flatten)]
         selector: Selector,
     },
@@ -65,6 +71,7 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     let context = Context::new(flags.load()?)?;
     match &args.command {
         Command::List { selector } => list::list(flags, &context, selector),
+        Command::Parking { selector } => list::parking(flags, &context, selector),
         Command::Show { selector, limit } => list::show(flags, &context, selector, *limit),
         Command::Replay(args) => replay::run(flags, &context, args),
         Command::Drop { selector, reason, how } => {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use throughline_kafka::admin::Admin;
 use throughline_kafka::browse::{Begin, Stop, browse};
 use throughline_model::catalog::name::unknown_topic;
+use throughline_model::catalog::parse_parking;
 use throughline_model::dead_letter::{Fate, Letter, fate_of, parse_letters};
 use throughline_model::envelope::{DeadLetterProgress, LetterRange};
 use throughline_model::record::Record;
@@ -77,6 +78,18 @@ impl Selector {
     /// # Errors
     /// A usage error for an unknown topic, a wrong place or time.
     pub fn read(&self, context: &Context) -> Result<Selection, CliError> {
+        self.read_within(context, |topic| parse_letters(topic).is_some())
+    }
+
+    /// The same among parking topics.
+    ///
+    /// # Errors
+    /// Those of [`Selector::read`]; a topic of dead letters is unknown here.
+    pub fn read_parking(&self, context: &Context) -> Result<Selection, CliError> {
+        self.read_within(context, |topic| parse_parking(topic).is_some())
+    }
+
+    fn read_within(&self, context: &Context, is_meant: fn(&str) -> bool) -> Result<Selection, CliError> {
         let now = WallClock.now();
         let time = |text: &Option<String>| text.as_deref().map(|t| point_in_time(t, now)).transpose();
         let filter = DeadLetterProgress {
@@ -86,12 +99,12 @@ impl Selector {
             until: time(&self.until)?,
             ..DeadLetterProgress::default()
         };
-        Ok(Selection { place: self.place()?, topics: self.topics(context)?, filter })
+        Ok(Selection { place: self.place()?, topics: self.topics(context, is_meant)?, filter })
     }
 
-    fn topics(&self, context: &Context) -> Result<Vec<String>, CliError> {
+    fn topics(&self, context: &Context, is_meant: fn(&str) -> bool) -> Result<Vec<String>, CliError> {
         let existing = Admin::new(&context.kafka())?.topics()?;
-        let letters: Vec<String> = existing.into_keys().filter(|t| parse_letters(t).is_some()).collect();
+        let letters: Vec<String> = existing.into_keys().filter(|t| is_meant(t)).collect();
         match &self.topic {
             None => Ok(letters),
             Some(wanted) if letters.contains(wanted) => Ok(vec![wanted.clone()]),
@@ -202,8 +215,13 @@ impl Fates {
         self.0[fate as usize]
     }
 
-    /// Returns the counts by name.
-    pub fn by_name(&self) -> BTreeMap<&'static str, u64> {
-        Self::ALL.iter().map(|fate| (fate.label(), self.of(*fate))).collect()
+    /// Returns the count of all.
+    pub fn sum(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
+    /// Returns the counts of some by name.
+    pub fn by_name(&self, fates: &[Fate]) -> BTreeMap<&'static str, u64> {
+        fates.iter().map(|fate| (fate.label(), self.of(*fate))).collect()
     }
 }
