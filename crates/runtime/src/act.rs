@@ -429,9 +429,11 @@ where
         if self.windows.values().any(Window::can_take) {
             wait = wait.min(self.schemas.backoff.remaining(now));
         }
-        let first_due =
-            self.windows.values().filter(|w| !w.is_under_way()).filter_map(Window::first_due).min();
-        if let Some(due) = first_due {
+        // What is due and cannot begin waits for an answer.
+        let open = self.under_way.len();
+        let may_begin = if self.gate.has_failed() { open == 0 } else { open < UNDER_WAY_MAX };
+        let windows = self.windows.values().filter(|window| may_begin && !window.is_under_way());
+        if let Some(due) = windows.filter_map(Window::first_due).min() {
             let until = Duration::from_micros(u64::try_from(due.0.saturating_sub(now.0)).unwrap_or(0));
             wait = wait.min(until.max(self.gate.remaining(now)));
         }
