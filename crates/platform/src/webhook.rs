@@ -163,7 +163,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::io::{Read, Write};
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     #[test]
     fn what_a_receiver_answers_says_whose_fault_it_is() {
@@ -200,25 +200,34 @@ mod tests {
         }
     }
 
-    /// Serves one connection with `answer` and returns what came in.
-    fn receiver(answer: Option<&'static str>) -> (String, std::thread::JoinHandle<String>) {
+    /// Listens, takes one request, and lets `serve` do the rest with the connection and what came.
+    fn take_one<T: Send + 'static>(
+        serve: impl FnOnce(TcpStream, Vec<u8>) -> T + Send + 'static,
+    ) -> (String, std::thread::JoinHandle<T>) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let url = format!("http://{}/hook?secret=s3cret", listener.local_addr().expect("bound"));
-        let serve = std::thread::spawn(move || {
+        let served = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().expect("the webhook connects");
             let (mut got, mut buffer) = (Vec::new(), [0; 4_096]);
             while !got.ends_with(b"{}") {
                 let n = stream.read(&mut buffer).expect("it sends");
                 got.extend_from_slice(&buffer[..n]);
             }
+            serve(stream, got)
+        });
+        (url, served)
+    }
+
+    /// Serves one connection with `answer` and returns what came in.
+    fn receiver(answer: Option<&'static str>) -> (String, std::thread::JoinHandle<String>) {
+        take_one(move |mut stream, got| {
             match answer {
                 Some(answer) => stream.write_all(answer.as_bytes()).expect("it reads"),
                 // Until the client gives up.
-                None => drop(stream.read(&mut buffer)),
+                None => drop(stream.read(&mut [0])),
             }
             String::from_utf8(got).expect("a request is text")
-        });
-        (url, serve)
+        })
     }
 
     fn posted(url: &str, timeout_ms: u64) -> Answer {
@@ -307,19 +316,10 @@ mod tests {
 
     /// Takes one request and answers with these bytes, whatever they are, then closes the connection.
     fn answers(bytes: Vec<u8>) -> (String, std::thread::JoinHandle<()>) {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let url = format!("http://{}/hook?secret=s3cret", listener.local_addr().expect("bound"));
-        let serve = std::thread::spawn(move || {
-            let (mut stream, _) = listener.accept().expect("the webhook connects");
-            let (mut got, mut buffer) = (Vec::new(), [0; 4_096]);
-            while !got.ends_with(b"{}") {
-                let n = stream.read(&mut buffer).expect("it sends");
-                got.extend_from_slice(&buffer[..n]);
-            }
+        take_one(move |mut stream, _| {
             // Who has heard enough closes the connection.
             drop(stream.write_all(&bytes));
-        });
-        (url, serve)
+        })
     }
 
     proptest! {
