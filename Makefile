@@ -24,8 +24,8 @@ chaos: setup-chaos ## Long runs under faults with the release build; SEEDS="1 2 
 	PATH="$(CURDIR)/target/venv/bin:$$PATH" PLATFORM_BINARY="$(CURDIR)/target/release/throughline" PLATFORM_BUILD=release \
 	  target/debug/chaos $(MINUTES) $(SEEDS)
 
-sabotage: setup-test ## Show that the run under faults can fail: builds broken on purpose must be noticed
-	PATH="$(CURDIR)/target/venv/bin:$$PATH" scripts/sabotage
+sabotage: setup-test ## Show that the run under faults can fail: builds broken on purpose must be noticed; TIMES=1 CHOICES="none skip_compare"; the journal is docs/sabotage.jsonl
+	PATH="$(CURDIR)/target/venv/bin:$$PATH" TIMES="$(TIMES)" CHOICES="$(CHOICES)" scripts/sabotage
 
 TARGET ?= publish
 SECONDS ?= 60
@@ -35,7 +35,7 @@ fuzz: ## Let a fuzzer look for inputs that break a parser; TARGET=publish SECOND
 	@test -f "fuzz/fuzz_targets/$(TARGET).rs" || { echo "no target '$(TARGET)'; there are:"; ls fuzz/fuzz_targets | sed 's/\.rs$$//'; exit 1; }
 	mkdir -p "fuzz/target/found/$(TARGET)"
 	# cargo-fuzz sets RUSTFLAGS, which hides those of .cargo/config.toml.
-	RUSTFLAGS="-C link-arg=-Wl,--wrap=rd_kafka_broker_ApiVersion_supported" \
+	RUSTFLAGS="-C link-arg=-Wl,--wrap=rd_kafka_broker_ApiVersion_supported,--wrap=rd_kafka_coord_req,--wrap=rd_kafka_coord_cache_expire" \
 	  cargo +nightly fuzz run --sanitizer none "$(TARGET)" "fuzz/target/found/$(TARGET)" "fuzz/corpus/$(TARGET)" -- \
 	  -max_total_time=$(SECONDS) -timeout=5 -rss_limit_mb=2048 -max_len=8192
 

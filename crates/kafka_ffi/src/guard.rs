@@ -44,4 +44,5 @@ unsafe extern "C" fn __wrap_rd_kafka_broker_ApiVersion_supported(
 /// `.cargo/config.toml`, say) does not link at all instead of running without the guard.
 pub fn require() {
     std::hint::black_box(__real_rd_kafka_broker_ApiVersion_supported as *const ());
+    crate::coordinator::require();
 }

@@ -5,6 +5,7 @@
 //! for the time-out given. Nothing of librdkafka's memory leaves this crate: results are copied out before
 //! the event that owns them is destroyed.
 
+mod coordinator;
 pub mod guard;
 mod request;
 
