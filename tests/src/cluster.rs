@@ -403,6 +403,26 @@ impl Cluster {
         get(role.http, "/metrics").expect("it serves its metrics")
     }
 
+    /// Returns the value of the first series of a metric with a label; `None` where there is none.
+    ///
+    /// # Panics
+    /// As [`Cluster::metrics`].
+    pub fn metric(&self, role: &str, name: &str, (label, value): (&str, &str)) -> Option<f64> {
+        let text = self.metrics(role);
+        let label = format!("{label}=\"{value}\"");
+        let mut series = text.lines().filter(|line| line.starts_with(name) && line.contains(&label));
+        series.next()?.split_whitespace().last()?.parse().ok()
+    }
+
+    /// Returns `/v1/status` of an instance of a role; `None` where it does not answer, as while it starts.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn status_of(&self, name: &str, instance: &str) -> Option<serde_json::Value> {
+        let role = self.roles.iter().find(|r| r.name == name && r.instance == instance);
+        serde_json::from_str(&get(role.expect("the instance runs").http, "/v1/status").ok()?).ok()
+    }
+
     /// Returns a client of the registry.
     pub fn registry_client(&self) -> RegistryClient {
         RegistryClient::new(&RegistryConfig { url: self.registry_url.clone(), authorization: None })

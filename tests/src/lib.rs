@@ -3,6 +3,7 @@
 pub mod chaos;
 pub mod cluster;
 pub mod scenario_run;
+pub mod short_run;
 
 use serde_json::Value;
 use std::fs::File;

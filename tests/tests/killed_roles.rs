@@ -3,16 +3,9 @@
 
 use std::time::{Duration, Instant};
 use throughline_local::child::Fault;
-use throughline_local::postgres::{ManagedPostgres, PostgresOptions};
-use throughline_local::scratch_dir;
-use throughline_tests::chaos::Random;
-use throughline_tests::cluster::{Cluster, ROLES};
+use throughline_tests::cluster::Cluster;
+use throughline_tests::short_run::ShortRun;
 use throughline_tests::{Load, published, root, said};
-
-/// Longer than the session of a group's member, so that others take over what a hung one has.
-const LONGER_THAN_A_SESSION: Duration = Duration::from_secs(9);
-/// A queue that the publisher's open publishes fill while Kafka hangs.
-const SMALL_QUEUE: [(&str, &str); 1] = [("THROUGHLINE_KAFKA__QUEUE_RECORDS_MAX", "300")];
 
 /// Static members, which a restart under the same name replaces.
 const CLASSIC: [(&str, &str); 1] = [("THROUGHLINE_KAFKA__GROUP_PROTOCOL", "classic")];
@@ -33,45 +26,14 @@ fn compare(cluster: &Cluster, load: &Load) {
     }
 }
 
-/// Each role five times at random, then what only a writer that came back late, or a full queue, would show.
-fn the_short_run(database: Option<&str>, seed: u64) {
-    let mut cluster = Cluster::start_with(database, &SMALL_QUEUE);
-    apply_demo_rule(&cluster);
-    cluster.wait_for_bridge();
-    let mut load = Load::new(seed, 50_000, 400);
-    load.mix = true;
-    let publisher = load.publish(&cluster.mqtt_port(), 700, cluster.scratch().join("publish.log"));
-    let mut victims: Vec<usize> = (0..ROLES.len()).flat_map(|role| [role; 5]).collect();
-    let mut random = Random(seed);
-    while !victims.is_empty() {
-        let pick = random.between(0, victims.len() as u64 - 1) as usize;
-        // Some kills hit a role that is still starting.
-        std::thread::sleep(Duration::from_millis(random.between(200, 1_800)));
-        cluster.kill_and_restart(victims.swap_remove(pick));
-    }
-    cluster.add("load_warehouse", "guest");
-    std::thread::sleep(Duration::from_secs(5));
-    cluster.signal("load_warehouse", "STOP");
-    std::thread::sleep(LONGER_THAN_A_SESSION);
-    cluster.signal("load_warehouse", "CONT");
-    cluster.kafka.fault(Fault::Stop);
-    std::thread::sleep(Duration::from_secs(5));
-    cluster.kafka.fault(Fault::Continue);
-    published(publisher, Duration::from_secs(240));
-    compare(&cluster, &load);
-}
-
 #[test]
 fn killed_and_hung_roles_leave_sqlite_exact() {
-    the_short_run(None, 21);
+    ShortRun::run(false, 21).unwrap_or_else(|differences| panic!("{differences}"));
 }
 
 #[test]
 fn killed_and_hung_roles_leave_postgresql_exact() {
-    let directory = scratch_dir().expect("a temporary directory can be made");
-    let options = PostgresOptions::new(directory.path().join("pg"));
-    let database = ManagedPostgres::start(options).expect("PostgreSQL starts");
-    the_short_run(Some(&database.url()), 22);
+    ShortRun::run(true, 22).unwrap_or_else(|differences| panic!("{differences}"));
 }
 
 #[test]

@@ -38,7 +38,7 @@ use tokio::runtime::Runtime;
 use uuid::Uuid;
 
 /// Between the two halves of what a sabotaged build tears apart, so that a kill can come between.
-const SABOTAGE_PAUSE: Duration = Duration::from_millis(200);
+const SABOTAGE_PAUSE: Duration = Duration::from_millis(500);
 
 /// What a store needs to know beside its URL.
 #[derive(Clone, Debug)]
@@ -333,10 +333,15 @@ impl Store for SqlStore {
         }
         if Sabotage::SkipCompare.is_chosen() {
             let partitions: Vec<_> = advances.iter().map(|a| a.partition.clone()).collect();
-            let found = self.positions(group, &partitions)?;
-            let blind = advances.iter().cloned().zip(found);
-            let blind: Vec<_> = blind.map(|(a, found)| Advance { from: found.next, ..a }).collect();
-            return self.write_in_one(group, rows, &blind);
+            loop {
+                let found = self.positions(group, &partitions)?;
+                let blind = advances.iter().cloned().zip(found);
+                let blind: Vec<_> = blind.map(|(a, found)| Advance { from: found.next, ..a }).collect();
+                match self.write_in_one(group, rows, &blind) {
+                    Err(Failure::Fenced(_)) => {}
+                    written => return written,
+                }
+            }
         }
         self.write_in_one(group, rows, advances)
     }

@@ -3,7 +3,7 @@
 use super::{Plan, roles};
 use crate::root;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::PathBuf;
@@ -16,6 +16,14 @@ fn file() -> PathBuf {
     root().join("docs/reliability.jsonl")
 }
 
+/// Returns the runs of builds that are broken on purpose, as `make sabotage` has told them, oldest first.
+///
+/// # Panics
+/// When a line of the journal is no document.
+pub fn sabotaged() -> Vec<Value> {
+    documents(root().join("docs/sabotage.jsonl"))
+}
+
 /// Returns where the page lies.
 pub fn page_file() -> PathBuf {
     root().join("docs/reliability.md")
@@ -26,7 +34,11 @@ pub fn page_file() -> PathBuf {
 /// # Panics
 /// When a line of the journal is no document.
 pub fn entries() -> Vec<Value> {
-    let text = std::fs::read_to_string(file()).unwrap_or_default();
+    documents(file())
+}
+
+fn documents(file: PathBuf) -> Vec<Value> {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
     text.lines()
         .map(|line| serde_json::from_str(line).expect("the journal holds one document a line"))
         .collect()
@@ -40,7 +52,7 @@ pub fn append(entry: &Value) {
     let opened = OpenOptions::new().append(true).create(true).open(file());
     let written = opened.and_then(|mut file| writeln!(file, "{entry}").and_then(|()| file.sync_all()));
     written.expect("the journal can be written");
-    std::fs::write(page_file(), page(&entries())).expect("the page can be written");
+    std::fs::write(page_file(), page(&entries(), &sabotaged())).expect("the page can be written");
 }
 
 /// Says whether a run found no difference.
@@ -90,8 +102,8 @@ fn class_of(fault: &str) -> Option<&'static str> {
     .find_map(|(class, is_of_it)| is_of_it.then_some(class))
 }
 
-/// Returns the page of these runs.
-pub fn page(entries: &[Value]) -> String {
+/// Returns the page of these runs, and of runs of builds that are broken on purpose.
+pub fn page(entries: &[Value], sabotaged: &[Value]) -> String {
     let (now, before): (Vec<&Value>, Vec<&Value>) =
         entries.iter().partition(|entry| entry["harness"].as_u64() == Some(HARNESS));
     let mut page = INTRODUCTION.to_owned();
@@ -111,6 +123,7 @@ pub fn page(entries: &[Value]) -> String {
          that is stopped three quarters of the time.\n",
         Plan::names()
     ));
+    page.push_str(&can_fail(sabotaged));
     page.push_str(
         "\n## Runs of earlier versions of this harness\n\nWithout webhook, Mosquitto and broken schema, a tenth sent \
          twice; before run 20 without odd devices, poison and the journal of the publisher.\n",
@@ -119,6 +132,33 @@ pub fn page(entries: &[Value]) -> String {
     before.iter().for_each(|entry| page.push_str(&row(entry)));
     page.push_str(&faults(&before));
     page
+}
+
+/// Returns what came of the short run with builds that are broken on purpose.
+fn can_fail(sabotaged: &[Value]) -> String {
+    let mut text = "\n## Whether such checks can fail\n\nThe short run of `make test` (tests/src/short_run.rs) with a \
+                    build that is broken on purpose must find a difference, every time, and none with a build of \
+                    the same feature that does nothing wrong (`none`). Made by `make sabotage` from \
+                    docs/sabotage.jsonl.\n\n\
+                    | broken | runs | noticed | passed | failed otherwise | the last difference that was said first |\n\
+                    |---|---|---|---|---|---|\n"
+        .to_owned();
+    let text_of = |entry: &Value, name: &str| entry[name].as_str().unwrap_or_default().to_owned();
+    let choices: BTreeSet<String> = sabotaged.iter().map(|entry| text_of(entry, "choice")).collect();
+    for choice in choices {
+        let runs: Vec<_> = sabotaged.iter().filter(|entry| text_of(entry, "choice") == choice).collect();
+        let count = |outcome: &str| runs.iter().filter(|entry| text_of(entry, "outcome") == outcome).count();
+        let said = runs.iter().rev().map(|entry| text_of(entry, "said")).find(|said| !said.is_empty());
+        text.push_str(&format!(
+            "| {choice} | {} | {} | {} | {} | {} |\n",
+            runs.len(),
+            count("noticed"),
+            count("passed"),
+            count("failed otherwise"),
+            said.unwrap_or_default().replace('|', "/").replace("DIFFERENCE ", ""),
+        ));
+    }
+    text
 }
 
 fn summary(entries: &[&Value]) -> String {

@@ -5,13 +5,16 @@ mod disk;
 mod injection;
 pub mod journal;
 mod plan;
+mod proxy;
 mod replays;
 mod rig;
 mod wall;
 
+pub use database::{Lock, lock};
 pub use injection::{Injection, Link, Means, roles};
 pub use plan::{Plan, Told};
-pub use rig::Rig;
+pub use proxy::Proxy;
+pub use rig::{Rig, poison, poison_journal};
 
 use std::time::Duration;
 

@@ -105,7 +105,9 @@ impl Rig {
         let rate = (RATE * 121 / 100) as u32;
         let port = mosquitto.as_ref().map_or_else(|| cluster.mqtt_port(), |broker| broker.port().to_string());
         let publisher = load.publish(&port, rate, cluster.scratch().join("publish.log"));
-        let poisoner = poison(&cluster, &load, plan);
+        let (part, burst) = POISON;
+        let count = if plan.has_poison() { load.readings / part + burst } else { 0 };
+        let poisoner = poison(&cluster, &load, count, plan.time());
         Self {
             cluster,
             database,
@@ -284,14 +286,14 @@ fn receive(cluster: &Cluster, port: u16, number: u32) -> Process {
     Process::start(&command, cluster.scratch().join(format!("receive-{number}.log")))
 }
 
-fn poison_journal(cluster: &Cluster) -> String {
+/// Returns where [`poison`] keeps its journal.
+pub fn poison_journal(cluster: &Cluster) -> String {
     cluster.scratch().join("poison.journal").display().to_string()
 }
 
-fn poison(cluster: &Cluster, load: &Load, plan: &Plan) -> Process {
-    let (part, burst) = POISON;
-    let count = if plan.has_poison() { load.readings / part + burst } else { 0 };
-    let rate = (load.readings / part) as f64 / plan.time().as_secs_f64();
+/// Starts a foreign program that writes so many records into Kafka that nobody can read, over about `time`.
+pub fn poison(cluster: &Cluster, load: &Load, count: u64, time: Duration) -> Process {
+    let rate = (load.readings / POISON.0) as f64 / time.as_secs_f64();
     let mut command = Command::new(python());
     command.arg(root().join("tests/python/poison.py"));
     command.args(["--kafka", &cluster.kafka.bootstrap(), "--registry", cluster.registry()]);
