@@ -17,7 +17,7 @@ use throughline_model::topics::{
     SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1 as PROGRESS, SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1 as REQUESTS,
 };
 use throughline_runtime::ports::{
-    Advance, Bounds, Failure, Outlet, SchemaSource, Stretch, StretchReader, TableReader,
+    Advance, Extent, Failure, Outlet, SchemaSource, Stretch, StretchReader, TableReader,
 };
 use throughline_runtime::{Clock, PolicyPorts, ReplayPolicies, ReprocessDeadLetters};
 
@@ -71,8 +71,8 @@ impl Letters {
 }
 
 impl StretchReader for Letters {
-    fn bounds(&mut self, _topic: &str) -> Result<Option<Vec<Bounds>>, Failure> {
-        Ok(Some(vec![(0, 0, self.0.len() as i64)]))
+    fn bounds(&mut self, _topic: &str) -> Result<Option<Extent>, Failure> {
+        Ok(Some(Extent { topic_id: "one".to_owned(), partitions: vec![(0, 0, self.0.len() as i64)] }))
     }
 
     fn read(&mut self, partition: &TopicPartition, from: i64, _to: i64) -> Result<Stretch<'_>, Failure> {

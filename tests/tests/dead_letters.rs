@@ -198,7 +198,14 @@ fn a_schema_and_a_rule_are_mended(cluster: &Cluster, foreign: &Foreign) {
         });
     }
     assert_eq!(predicted(cluster, OF_READINGS, &[]), all("dead_lettered"), "the schema is still unknown");
+    let unreadable = shown(cluster, OF_READINGS, "unknown_schema");
+    assert_eq!(unreadable["schema_id"], foreign.id, "{unreadable}");
+    let framed = format!("00{:08x}", foreign.id);
+    assert!(unreadable["bytes"].as_str().is_some_and(|bytes| bytes.starts_with(&framed)), "{unreadable}");
     foreign.register(cluster);
+    let readable = shown(cluster, OF_READINGS, "unknown_schema");
+    assert_eq!(readable["value"]["measurements"][0]["name"], "flow", "{readable}");
+    assert_eq!(readable["trace_id"], "4bf92f3577b34da6a3ce929d0e0e4736", "{readable}");
     assert_eq!(predicted(cluster, OF_READINGS, &[]), all("emitted"));
 
     assert_eq!(predicted(cluster, OF_RULES, &[]), all("filtered"), "the rule is still wrong");
@@ -239,6 +246,40 @@ fn a_policy_replays_once(cluster: &Cluster) {
     assert_eq!((asked.len(), &asked[0]["replayed"]), (1, &FOREIGN.into()), "{asked:?}");
     let query = "SELECT count(*) FROM twin WHERE device_id = 'foreign-1' AND document LIKE '%flow%'";
     wait_for("the twin", SOON, || (rows(cluster, query) == [1]).then_some(()));
+}
+
+/// Shows one letter of a cause.
+fn shown(cluster: &Cluster, topic: &str, code: &str) -> Value {
+    done(cluster, &["dlq", "show", "--topic", topic, "--code", code, "--limit", "1"])
+}
+
+/// What the bridge refused is shown as the device sent it, with cause and headers.
+fn a_letter_of_the_bridge_is_shown(cluster: &Cluster, code: &str) {
+    let letter = shown(cluster, LETTERS, code);
+    let said = ["topic", "stage", "code", "fate"].map(|name| letter[name].as_str().unwrap_or_default());
+    assert_eq!(said, [LETTERS, "bridge", code, "open"], "{letter}");
+    assert!(letter["text"].as_str().is_some_and(|text| text.contains("\"kwh\":")), "{letter}");
+    assert!(letter["message"].as_str().is_some_and(|why| !why.is_empty()), "{letter}");
+    let headers = letter["headers"].as_array().expect("headers");
+    assert!(headers.iter().any(|h| h["name"] == header::CODE && h["value"] == code), "{letter}");
+}
+
+/// A replay that turns out wrong is ended where it is; what it left is open.
+fn a_replay_is_cancelled(cluster: &Cluster, code: &str, count: i64) {
+    let replay = ["dlq", "replay", "--topic", LETTERS, "--code", code, "--rate", "1", "--yes", "--no-wait"];
+    let asked = done(cluster, &replay);
+    let id = asked["ids"][0].as_str().expect("an id").to_owned();
+    wait_for("the first replay", SOON, || {
+        request(cluster, &id)["replayed"].as_i64().filter(|replayed| *replayed >= 1)
+    });
+    let ended = done(cluster, &["dlq", "cancel", &id]);
+    assert_eq!(ended["status"], "cancelled", "{ended}");
+    let left = ended["left"].as_i64().expect("a count");
+    assert!(0 < left && ended["replayed"].as_i64().expect("a count") < count, "{ended}");
+    // What was replayed in vain is a new letter.
+    wait_for("open letters", SOON, || (letters(cluster, code, "open") == count).then_some(()));
+    let again = cluster.command(&["dlq", "cancel", &id]);
+    assert!(!again.status.success(), "nothing is left to cancel: {}", said(&again));
 }
 
 /// A letter that was replayed ten times goes to the parking topic, is listed there, and can be dropped there.
@@ -318,6 +359,8 @@ fn letters_of_a_wrong_feed_are_mended_by_one_replay_that_survives_its_kills() {
     };
     assert!(outcomes(&cluster).iter().all(|now| now == "dead_lettered"), "the feed is still wrong");
 
+    a_letter_of_the_bridge_is_shown(&cluster, &code);
+
     write_feed(feeds.path(), "boot", "count");
     assert!(outcomes(&cluster).iter().all(|now| now == "emitted"), "the correction helps");
     assert_eq!(
@@ -370,6 +413,7 @@ fn letters_of_a_wrong_feed_are_mended_by_one_replay_that_survives_its_kills() {
         listed["causes"].as_array().expect("a list").iter().filter(|c| c["fates"]["open"] != 0).collect();
     let garbage = open.first().expect("the traffic has garbage")["code"].as_str().expect("a code");
     let count = letters(&cluster, garbage, "open");
+    a_replay_is_cancelled(&cluster, garbage, count);
     let dropped = done(
         &cluster,
         &["dlq", "drop", "--topic", LETTERS, "--code", garbage, "--reason", "line noise", "--yes"],

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 use throughline_local::child::Fault;
-use throughline_tests::cluster::Cluster;
+use throughline_tests::cluster::{Cluster, ROLES};
 use throughline_tests::short_run::ShortRun;
 use throughline_tests::{Load, published, root, said};
 
@@ -80,13 +80,12 @@ fn acknowledged_messages_survive_a_hung_and_a_killed_kafka_and_roles_end_within_
     let until = Instant::now() + Duration::from_secs(30);
     // Long enough for commits to wait for Kafka; who is asked to end then does so within the budget.
     std::thread::sleep(Duration::from_millis(500));
-    let stages = ["evaluate_rules", "bridge_data", "update_twin", "load_warehouse", "watch"];
-    for (role, code) in cluster.end_within(&stages, ENDS_WITHIN) {
+    for (role, code) in cluster.end_within(&ROLES, ENDS_WITHIN) {
         assert!(matches!(code, Some(0 | 1)), "{role} ended with {code:?}");
     }
     std::thread::sleep(until.saturating_duration_since(Instant::now()));
     cluster.kafka.fault(Fault::Continue);
-    stages.into_iter().for_each(|role| cluster.add(role, "0"));
+    ROLES.into_iter().for_each(|role| cluster.add(role, "0"));
     std::thread::sleep(Duration::from_secs(5));
     cluster.kafka.fault(Fault::Kill);
     std::thread::sleep(Duration::from_secs(2));

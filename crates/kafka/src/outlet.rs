@@ -12,6 +12,7 @@ use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::Message;
 use rdkafka::producer::{BaseProducer, DeliveryResult, Producer, ProducerContext};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use throughline_model::record::Outbox;
 use throughline_runtime::ports::{Advance, Failure, Outlet};
@@ -23,6 +24,8 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Default)]
 struct Deliveries {
     failed: Mutex<Option<(RDKafkaErrorCode, String)>>,
+    /// The places in the outbox of what is acknowledged.
+    acknowledged: Mutex<BTreeSet<usize>>,
     sent: Sent,
 }
 
@@ -37,13 +40,14 @@ impl ClientContext for Deliveries {
 }
 
 impl ProducerContext for Deliveries {
-    type DeliveryOpaque = ();
+    type DeliveryOpaque = usize;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+    fn delivery(&self, result: &DeliveryResult<'_>, place: usize) {
         if let Some((code, message)) = unproven(result) {
             let what = format!("a record for `{}` was not acknowledged", message.topic());
             self.failed.lock().get_or_insert((code, what));
         } else if let Ok(message) = result {
+            self.acknowledged.lock().insert(place);
             self.sent.count(message.topic());
         }
     }
@@ -93,6 +97,20 @@ impl Outlet for AckedProducer {
         sent
     }
 
+    fn send_rest(&mut self, outbox: &mut Outbox) -> Result<(), Failure> {
+        let sent = self.send_and_wait(outbox);
+        if sent.is_ok() {
+            outbox.clear();
+        } else if let Some(producer) = &self.producer {
+            let acknowledged = producer.client().context().acknowledged.lock();
+            outbox.retain(|place| !acknowledged.contains(&place));
+        }
+        if matches!(sent, Err(Failure::Dependency { .. })) {
+            self.producer = None;
+        }
+        sent
+    }
+
     fn mirror(&mut self, group: &str, advances: &[Advance]) {
         match &self.member {
             Some(membership) => membership.mirror(advances),
@@ -109,11 +127,12 @@ impl AckedProducer {
         let producer = self.producer()?;
         let failed = &producer.client().context().failed;
         *failed.lock() = None;
+        producer.client().context().acknowledged.lock().clear();
         // librdkafka reports each record within its time-out; a little more is granted for the reports.
         let deadline = Instant::now() + ACK_TIMEOUT + Duration::from_secs(5);
-        for record in outbox.iter() {
+        for (place, record) in outbox.iter().enumerate() {
             loop {
-                match produce(producer, record, ()) {
+                match produce(producer, record, place) {
                     Ok(()) => break,
                     Err(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull)) => {
                         serve(producer);

@@ -6,7 +6,7 @@ use crate::tail::{Tail, Tailed};
 use std::time::{Duration, Instant};
 use throughline_kafka_ffi::OffsetSpec;
 use throughline_model::record::{Batch, TopicPartition};
-use throughline_runtime::ports::{Bounds, Failure, Stretch, StretchReader};
+use throughline_runtime::ports::{Extent, Failure, Stretch, StretchReader};
 
 /// Readings that are kept open, each a client with its buffers: requests at work at the same time beyond this
 /// number seek with every stretch.
@@ -101,16 +101,18 @@ impl Reading {
 }
 
 impl StretchReader for PartitionReader {
-    fn bounds(&mut self, topic: &str) -> Result<Option<Vec<Bounds>>, Failure> {
-        if !crate::admin::Admin::new(&self.config)?.topics()?.contains_key(topic) {
+    fn bounds(&mut self, topic: &str) -> Result<Option<Extent>, Failure> {
+        let admin = crate::admin::Admin::new(&self.config)?;
+        if !admin.topics()?.contains_key(topic) {
             return Ok(None);
         }
+        let topic_id = admin.topic_ids(&[topic])?.remove(topic).unwrap_or_default();
         let tail = Tail::new(&self.config, topic, true)?;
         let partitions = tail.partitions()?;
         let first = tail.bounds(&partitions, OffsetSpec::Earliest, false)?;
         let end = tail.bounds(&partitions, OffsetSpec::Latest, false)?;
         let bound = |p: &i32| Some((*p, *first.get(p)?, *end.get(p)?));
-        Ok(Some(partitions.iter().filter_map(bound).collect()))
+        Ok(Some(Extent { topic_id, partitions: partitions.iter().filter_map(bound).collect() }))
     }
 
     fn read(&mut self, partition: &TopicPartition, from: i64, to: i64) -> Result<Stretch<'_>, Failure> {

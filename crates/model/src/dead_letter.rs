@@ -17,6 +17,7 @@ use crate::record::Record;
 use crate::time::Timestamp;
 use crate::topics::SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1;
 use std::cmp::Ordering;
+use std::collections::{BTreeSet, VecDeque};
 use uuid::Uuid;
 
 /// The stage that carries out requests; also its consumer group.
@@ -189,6 +190,12 @@ impl DeadLetterProgress {
         Action::parse(&self.action).filter(|action| *action != Action::Cancel)
     }
 
+    /// Says whether its positions are those of the topic that has this id now: those of a topic that was deleted
+    /// and made anew mean other letters. A request that was not placed yet, or by an older version, has no id.
+    pub fn is_of(&self, topic_id: &str) -> bool {
+        self.topic_id.as_deref().is_none_or(|own| own == topic_id || topic_id.is_empty())
+    }
+
     /// Says whether there is work left.
     pub fn is_open(&self) -> bool {
         matches!(self.status.as_str(), status::ACCEPTED | status::RUNNING)
@@ -305,6 +312,40 @@ pub struct ReprocessState {
     pub progress: DeadLetterProgress,
     /// When to go on, by the platform's clock; absent: at once. It is not kept: a successor goes on at once.
     pub due: Option<Timestamp>,
+    /// The failures whose letters were dealt with last. They are not kept: after a restart a failure that was
+    /// told twice just before may be replayed twice.
+    pub recent: RecentFailures,
+}
+
+/// A failure: topic, partition, offset and time (ms) of the record that failed, and how often it had been
+/// replayed. By its time it is known from a record at the same place of a topic that was made anew.
+pub type FailureId = (String, i32, i64, i64, u32);
+
+/// Failures that were told last. A load stage that does not know whether Kafka took its letters writes them
+/// again, close behind.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RecentFailures {
+    order: VecDeque<FailureId>,
+    known: BTreeSet<FailureId>,
+}
+
+impl RecentFailures {
+    /// More than the letters of one write of a load stage, of which the next attempt writes all again.
+    pub const MAX: usize = 20_000;
+
+    /// Notes a failure; returns whether it is new among the last [`RecentFailures::MAX`].
+    pub fn note(&mut self, failure: FailureId) -> bool {
+        if !self.known.insert(failure.clone()) {
+            return false;
+        }
+        self.order.push_back(failure);
+        if self.order.len() > Self::MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+        true
+    }
 }
 
 impl KeyedState for ReprocessState {
@@ -313,7 +354,7 @@ impl KeyedState for ReprocessState {
     }
 
     fn decode(bytes: &[u8], codec: &Codec) -> Result<Self, CodecError> {
-        Ok(Self { progress: codec.decode(Some(bytes))?, due: None })
+        Ok(Self { progress: codec.decode(Some(bytes))?, ..Self::default() })
     }
 }
 

@@ -240,6 +240,15 @@ impl Outbox {
         self.bytes.len()
     }
 
+    /// Takes records out: those for whose index `keep` says no. Their bytes stay until [`Outbox::clear`].
+    pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
+        let mut index = 0;
+        self.entries.retain(|_| {
+            index += 1;
+            keep(index - 1)
+        });
+    }
+
     /// Forgets the records and keeps the buffers.
     pub fn clear(&mut self) {
         self.bytes.clear();

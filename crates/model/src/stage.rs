@@ -86,6 +86,12 @@ pub trait Decide: Send {
         false
     }
 
+    /// Says whether its timers are due by the clock alone. Others are due by the time of records too, so that a
+    /// backlog is processed as it would have been when it came.
+    fn timers_follow_the_clock(&self) -> bool {
+        false
+    }
+
     /// Takes a record of one of its tables (a rule). Tables are read to their end before any input.
     fn table(&mut self, input: &Input<'_>) -> Settled {
         let _ = input;
@@ -107,7 +113,8 @@ pub trait Decide: Send {
     }
 
     /// Lets the timer of `key` fire at `now`, which is the time it was due. Timers fire in order of (due
-    /// time, key) before the first record whose time is later. After it `due_at` of the state is later than `now` or none.
+    /// time, key) before the first record whose time is later, once the other partitions of the same number
+    /// came as far or were read to their ends. After it `due_at` of the state is later than `now` or none.
     fn fire(&mut self, key: &str, now: Timestamp, state: &mut Keyed<Self::State>, effects: &mut Effects) {
         let _ = (key, now, state, effects);
     }

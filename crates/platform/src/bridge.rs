@@ -55,13 +55,27 @@ pub fn run(context: &Context, health: RoleHealth) -> Result<(), CliError> {
     .map_err(refused)?;
     let replay = ReplayBridge::new(router, Arc::clone(&context.codec), &context.config.instance);
     let replays = context.health.role("replay_bridge");
-    let replayed = roles::decide(context, replays.clone(), replay);
-    if let Err(error) = &replayed {
-        serve_on(error, &context.shutdown, &replays);
-    }
-    running.drain(DRAIN_BUDGET);
+    let replayed = std::thread::scope(|scope| {
+        // Beside the last commit of the replays, which may take as long as all that the process has.
+        scope.spawn(|| {
+            wait_for_end(&context.shutdown, || {});
+            running.drain(DRAIN_BUDGET);
+        });
+        let replayed = roles::decide(context, replays.clone(), replay);
+        if let Err(error) = &replayed {
+            serve_on(error, &context.shutdown, &replays);
+        }
+        replayed
+    });
     ingress.drain(DRAIN_BUDGET);
     replayed
+}
+
+fn wait_for_end(shutdown: &Shutdown, mut meanwhile: impl FnMut()) {
+    while !shutdown.is_requested() {
+        meanwhile();
+        std::thread::sleep(POLL);
+    }
 }
 
 /// Says that the replays of dead letters have stopped, and waits for the process's end: devices do not depend
@@ -74,10 +88,7 @@ fn serve_on(error: &CliError, shutdown: &Shutdown, replays: &RoleHealth) {
     // and its devices would be cut off for ever by what has nothing to do with them.
     replays.ready(true, &format!("stopped: {error}"));
     replays.note("stopped", error.to_string().into());
-    while !shutdown.is_requested() {
-        replays.turned();
-        std::thread::sleep(POLL);
-    }
+    wait_for_end(shutdown, || replays.turned());
 }
 
 fn refused(error: BridgeError) -> CliError {

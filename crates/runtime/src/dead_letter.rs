@@ -2,6 +2,7 @@
 //! find the way back. What an act stage sets aside in its retry topic has the same headers, and two of its own.
 
 use std::sync::Arc;
+use throughline_model::dead_letter::FailureId;
 use throughline_model::dead_letter::header::{
     CODE, MESSAGE, REPLAY_COUNT, REPLAY_ID, RETRY_COUNT, RETRY_NOT_BEFORE, STAGE,
 };
@@ -26,6 +27,9 @@ const ERROR: [&str; 6] = [
     CODE,
     MESSAGE,
 ];
+
+/// Bytes of a message that a header repeats: a key that it names may itself be as large as a record.
+const MESSAGE_BYTES_MAX: usize = 1_024;
 
 /// Why a record is dead-lettered and where it was read.
 #[derive(Clone, Copy, Debug)]
@@ -135,7 +139,7 @@ fn push_failure(
         fault.step.as_bytes(),
         class.as_bytes(),
         fault.code.as_bytes(),
-        fault.message.as_bytes(),
+        fault.message[..fault.message.floor_char_boundary(MESSAGE_BYTES_MAX)].as_bytes(),
     ];
     let count = replays_of(record, fault.replayed).to_string();
     let counts_itself = record.headers.last(REPLAY_COUNT).is_some();
@@ -153,6 +157,15 @@ fn push_failure(
     });
     let headers = kept.chain(origin).chain(ERROR.into_iter().zip(error)).chain(count).chain(retry);
     outbox.push(to, to_partition, record.key, record.value, headers);
+}
+
+/// Returns which failure a dead letter tells of; `None` where its headers do not say it, as those of the bridge.
+pub(crate) fn failure_of(letter: &Record<'_>) -> Option<FailureId> {
+    let header = |name| letter.headers.last(name);
+    let topic = std::str::from_utf8(header(ORIGIN[3])?).ok()?.to_owned();
+    let partition = i32::from_be_bytes(header(ORIGIN[5])?.try_into().ok()?);
+    let number = |name| Some(i64::from_be_bytes(header(name)?.try_into().ok()?));
+    Some((topic, partition, number(ORIGIN[6])?, number(ORIGIN[7])?, replays_of(letter, false)))
 }
 
 fn is_replay(record: &Record<'_>, from_replay_topic: bool) -> bool {

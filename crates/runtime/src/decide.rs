@@ -109,6 +109,8 @@ pub struct DecideLoop<D: Decide, S, T, R, Q> {
     /// The last task whose activation failed, alone or with others, while tasks wait.
     failed_last: Option<i32>,
     reachable: Reach,
+    /// The clock as timers saw it last.
+    ticked_at: Timestamp,
     pending: Pending,
 }
 
@@ -168,6 +170,7 @@ where
             setup: backoff(),
             failed_last: None,
             reachable: Reach::Yes,
+            ticked_at: Timestamp(i64::MIN),
             pending: Pending::default(),
             stage,
             spec,
@@ -315,39 +318,63 @@ where
         };
         lane.caught_up = false;
         if !lane.held.is_empty() {
+            let source = batch.source.clone();
             lane.held.push_back(batch);
+            if !std::mem::replace(&mut lane.paused, true) {
+                self.source.pause(&[source], true);
+            }
             return Ok(());
         }
         match self.schemas.resolve(&batch, lane.replayed, self.clock.now()) {
-            Ok(()) => self.process(&batch),
-            Err(failure) => self.hold(batch, failure),
+            Ok(()) => self.process_or_hold(batch),
+            Err(failure) => {
+                let failure = policy::only(self.at(Step::Schema), failure, Response::Pause)?;
+                self.signals.failed(&failure);
+                self.hold(batch, false);
+                Ok(())
+            }
         }
     }
 
-    /// Keeps a batch whose schema cannot be asked for now, and everything behind it.
-    fn hold(&mut self, batch: Batch, failure: Failure) -> Result<(), Stopped> {
-        let failure = policy::only(self.at(Step::Schema), failure, Response::Pause)?;
-        self.signals.failed(&failure);
+    /// Keeps a batch whose schema cannot be asked for now, or before whose next record a timer is due that other
+    /// partitions of the task may still disarm, and everything behind it.
+    fn hold(&mut self, batch: Batch, waits_for_others: bool) {
         let source = batch.source.clone();
         let lane = self.lanes.get_mut(&source).expect("the batch was received by its lane");
-        lane.held.push_back(batch);
-        if !std::mem::replace(&mut lane.paused, true) {
+        lane.held.push_front(batch);
+        lane.waits_for_others = waits_for_others;
+        // Others are waited for briefly: the next batch is taken as well before the delivery is stopped.
+        if !waits_for_others && !std::mem::replace(&mut lane.paused, true) {
             self.source.pause(&[source], true);
+        }
+    }
+
+    fn process_or_hold(&mut self, batch: Batch) -> Result<(), Stopped> {
+        if self.process(&batch)? {
+            self.hold(batch, true);
         }
         Ok(())
     }
 
-    /// Asks again for the schemas that held batches wait for, and processes what is resolved.
+    /// Asks again for the schemas that held batches wait for, and processes what waits for nothing any more.
     fn resolve_held(&mut self) -> Result<(), Stopped> {
+        let mut still_waiting = Vec::new();
         while self.schemas.backoff.is_due(self.clock.now()) {
-            let Some(lane) = self.lanes.values_mut().find(|lane| !lane.held.is_empty()) else { break };
+            let mut holding = self.lanes.values_mut().filter(|lane| !lane.held.is_empty());
+            let Some(lane) = holding.find(|lane| !still_waiting.contains(&lane.source)) else { break };
             let batch = lane.held.front().expect("it is not empty");
             match self.schemas.resolve(batch, lane.replayed, self.clock.now()) {
                 Ok(()) => {
                     let batch = lane.held.pop_front().expect("it is not empty");
-                    self.signals.works("registry");
-                    self.process(&batch)?;
-                    self.resume_if_free(&batch.source);
+                    if !std::mem::take(&mut lane.waits_for_others) {
+                        self.signals.works("registry");
+                    }
+                    let source = batch.source.clone();
+                    self.process_or_hold(batch)?;
+                    match self.lanes.get(&source) {
+                        Some(lane) if lane.waits_for_others => still_waiting.push(source),
+                        _ => self.resume_if_free(&source),
+                    }
                 }
                 Err(failure) => {
                     let failure = policy::only(self.at(Step::Schema), failure, Response::Pause)?;
@@ -366,9 +393,13 @@ where
         }
     }
 
-    fn process(&mut self, batch: &Batch) -> Result<(), Stopped> {
+    /// Processes a batch, or its beginning: says whether the next record must wait, because a timer is due before
+    /// it that other partitions of the task may still disarm. So what comes of records and timers does not depend
+    /// on which partition is delivered first.
+    fn process(&mut self, batch: &Batch) -> Result<bool, Stopped> {
         let began = self.clock.now();
-        let mut failed = None;
+        let (mut failed, mut waits, mut fired, mut records) = (None, false, false, 0);
+        let others = self.reached_by_others(&batch.source);
         let lane = self.lanes.get_mut(&batch.source).expect("only active lanes process");
         let task = self.tasks.get_mut(&batch.source.partition).expect("an active lane has its task");
         let before = lane.tally.counts();
@@ -376,18 +407,23 @@ where
         let unread = lane.next;
         for record in batch.iter().filter(|record| record.offset >= unread) {
             // Timers that were due before this record come first, wherever a batch begins or ends.
-            let earlier = Timestamp(record.time.0 - 1);
-            while task.timers.next().is_some_and(|due| due <= earlier) {
+            let earlier = Timestamp(record.time.min(others).0.saturating_sub(1));
+            let by_record = !self.stage.timers_follow_the_clock();
+            while by_record && task.timers.next().is_some_and(|due| due <= earlier) {
                 let bytes_max = self.config.bytes_max;
                 fire_due(&mut self.stage, task, &mut self.effects, earlier, bytes_max, self.spec.group)?;
+                fired = true;
                 failed = flush_beyond(bytes_max, &mut self.effects, &mut self.transactions, &self.spec).err();
                 if failed.is_some() {
                     break;
                 }
             }
-            if failed.is_some() {
+            let is_due = |due| due < record.time;
+            waits = by_record && failed.is_none() && task.timers.next().is_some_and(is_due);
+            if failed.is_some() || waits {
                 break;
             }
+            records += 1;
             let input = Input {
                 topic: &lane.topic,
                 replayed: lane.replayed,
@@ -409,12 +445,20 @@ where
                 lane.destination.push(self.effects.outbox_mut(), &record, &fault);
             }
             lane.pass(record.offset, &settled);
+            lane.reached = record.time;
             task.timers.follow(&mut task.states, |state| self.stage.due_at(state));
             let bytes_max = self.config.bytes_max;
             failed = flush_beyond(bytes_max, &mut self.effects, &mut self.transactions, &self.spec).err();
             if failed.is_some() {
                 break;
             }
+        }
+        if fired {
+            self.pending.fired.push(batch.source.partition);
+            self.pending.since.get_or_insert(began);
+        }
+        if records == 0 && failed.is_none() {
+            return Ok(waits);
         }
         let done = self.clock.now();
         let after = lane.tally.counts();
@@ -427,9 +471,16 @@ where
             counts,
         });
         self.pending.since.get_or_insert(began);
-        self.pending.records += batch.len();
+        self.pending.records += records;
         self.pending.bytes += batch.bytes_held();
-        failed.map_or(Ok(()), |failure| self.recover(failure))
+        failed.map_or(Ok(waits), |failure| self.recover(failure).map(|()| false))
+    }
+
+    /// Returns how far the other partitions of the task came, by the time of their records.
+    fn reached_by_others(&self, source: &TopicPartition) -> Timestamp {
+        let others = self.lanes.values().filter(|lane| lane.source.partition == source.partition);
+        let others = others.filter(|lane| lane.source != *source).map(Lane::reached);
+        others.min().unwrap_or(Timestamp(i64::MAX))
     }
 
     // ---- timers of idle partitions ---------------------------------------------------------------------
@@ -437,12 +488,23 @@ where
     /// Lets timers fire by the clock where every partition of a task was read to its end.
     fn tick(&mut self) -> Result<(), Stopped> {
         let now = self.clock.now().minus(self.config.tick_grace);
+        if now < self.ticked_at && self.stage.timers_follow_the_clock() {
+            // The clock was set back: what was put off by it would wait for the difference.
+            for task in self.tasks.values_mut() {
+                task.timers = Timers::of(&task.states, |state| self.stage.due_at(state));
+            }
+        }
+        self.ticked_at = now;
         let idle: Vec<i32> = self
             .tasks
             .iter()
             .filter(|(number, task)| {
                 task.timers.first_due(now).is_some()
-                    && self.lanes.values().filter(|l| l.source.partition == **number).all(|l| l.caught_up)
+                    && self
+                        .lanes
+                        .values()
+                        .filter(|l| l.source.partition == **number)
+                        .all(Lane::is_read_to_its_end)
             })
             .map(|(number, _)| *number)
             .collect();
@@ -511,7 +573,8 @@ where
         if let Some(since) = self.pending.since {
             wait = wait.min(self.commit_interval.saturating_sub(elapsed(since, now)));
         }
-        if self.lanes.values().any(|lane| !lane.held.is_empty()) {
+        // Who waits for other partitions is woken by what comes of them.
+        if self.lanes.values().any(|lane| !lane.held.is_empty() && !lane.waits_for_others) {
             wait = wait.min(self.schemas.backoff.remaining(now));
         }
         wait

@@ -108,6 +108,8 @@ pub(crate) struct Lane {
     pub(crate) paused: bool,
     /// Whether it was read to its end and nothing came since.
     pub(crate) caught_up: bool,
+    /// The time of the last record that was processed.
+    pub(crate) reached: Timestamp,
     /// The committed position, −1 where there is none.
     pub(crate) from: i64,
     /// The next offset to process, −1 before the first record of a new group.
@@ -118,9 +120,11 @@ pub(crate) struct Lane {
     pub(crate) tally: Tally,
     /// What took how long since.
     pub(crate) timings: Vec<BatchTiming>,
-    /// Batches that wait for a schema, in order. Bounded by what the source had fetched when the partition
-    /// was paused.
+    /// Batches that wait for a schema or for other partitions of the task, in order. Bounded by what the source
+    /// had fetched when the partition was paused.
     pub(crate) held: VecDeque<Batch>,
+    /// Whether the first of them waits for other partitions.
+    pub(crate) waits_for_others: bool,
 }
 
 impl Lane {
@@ -140,12 +144,14 @@ impl Lane {
             active: false,
             paused: false,
             caught_up: false,
+            reached: Timestamp(i64::MIN),
             from: -1,
             next: -1,
             books: Books::default(),
             tally: Tally::default(),
             timings: Vec::new(),
             held: VecDeque::new(),
+            waits_for_others: false,
             source,
         })
     }
@@ -189,9 +195,25 @@ impl Lane {
     pub(crate) fn deactivate(&mut self) {
         self.active = false;
         self.caught_up = false;
+        self.reached = Timestamp(i64::MIN);
         self.tally = Tally::default();
         self.timings.clear();
         self.held.clear();
+        self.waits_for_others = false;
+    }
+
+    /// Says whether nothing is left to be processed that is known of.
+    pub(crate) fn is_read_to_its_end(&self) -> bool {
+        self.caught_up && self.held.is_empty()
+    }
+
+    /// Returns a time that no record which is still to be processed comes before.
+    pub(crate) fn reached(&self) -> Timestamp {
+        if self.is_read_to_its_end() {
+            return Timestamp(i64::MAX);
+        }
+        let next = self.held.front().and_then(|batch| batch.iter().find(|record| record.offset >= self.next));
+        next.map_or(self.reached, |record| record.time.max(self.reached))
     }
 
     /// Moves past the record at `offset`, counting the positions before it that hold none.

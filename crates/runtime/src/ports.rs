@@ -205,14 +205,23 @@ pub enum Stretch<'a> {
 /// A partition's number with its first position and its end.
 pub type Bounds = (i32, i64, i64);
 
+/// What there is of a topic.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// Its id, which another topic under the same name does not have; empty where the cluster has none.
+    pub topic_id: String,
+    /// Its partitions.
+    pub partitions: Vec<Bounds>,
+}
+
 /// Reads stretches of partitions without being a member of a group: dead letters that are to be replayed.
 pub trait StretchReader: Send {
-    /// Returns the first position and the end of each partition of `topic`, or `None` where it does not
-    /// exist.
+    /// Returns the id of `topic` with the first position and the end of each partition, or `None` where it does
+    /// not exist.
     ///
     /// # Errors
     /// [`Failure::Dependency`] when Kafka cannot be asked.
-    fn bounds(&mut self, topic: &str) -> Result<Option<Vec<Bounds>>, Failure>;
+    fn bounds(&mut self, topic: &str) -> Result<Option<Extent>, Failure>;
 
     /// Returns what lies in `[from, to)`, waiting for it only briefly. Whoever goes on where the records of
     /// the call before ended reads without a seek.
@@ -247,6 +256,17 @@ pub trait Outlet {
     /// # Errors
     /// [`Failure::Dependency`] when one was not; others may have been written.
     fn send_all(&mut self, outbox: &Outbox) -> Result<(), Failure>;
+
+    /// As [`Outlet::send_all`], and takes what is acknowledged out of `outbox`, also where others are not: the
+    /// next attempt does not write it again.
+    ///
+    /// # Errors
+    /// As [`Outlet::send_all`].
+    fn send_rest(&mut self, outbox: &mut Outbox) -> Result<(), Failure> {
+        self.send_all(outbox)?;
+        outbox.clear();
+        Ok(())
+    }
 
     /// Mirrors the positions of a load stage to Kafka for lag tools, and as a witness against a database that
     /// fell back; the database decides, so an error is only logged. Never called before the database's commit.

@@ -65,6 +65,8 @@ pub struct ReplayPolicies<L, T, O, Q> {
 /// A policy with what it has seen.
 struct Watched {
     policy: ReplayPolicy,
+    /// The topic in which the rest counts.
+    topic_id: String,
     /// The next position of each partition.
     next: BTreeMap<i32, i64>,
     /// Time of the newest letter of the cause, whether it may be replayed or not: it is not over while they come.
@@ -86,14 +88,7 @@ where
 {
     /// Makes the policies; nothing is read yet.
     pub fn new(policies: Vec<ReplayPolicy>, ports: PolicyPorts<L, T, O, Q>) -> Self {
-        let watched = policies.into_iter().map(|policy| Watched {
-            policy,
-            next: BTreeMap::new(),
-            heard: Timestamp(0),
-            wanted: BTreeMap::new(),
-            checked: BTreeMap::new(),
-            newest: Timestamp(0),
-        });
+        let watched = policies.into_iter().map(|policy| Watched::of(policy, String::new()));
         Self {
             letters: ports.letters,
             tables: ports.tables,
@@ -159,11 +154,15 @@ where
     /// Reads on in the letters of a policy. Returns whether it has seen all that there are.
     fn read(&mut self, index: usize, left: &mut usize) -> Result<bool, Failure> {
         let watched = &mut self.watched[index];
-        let Some(bounds) = self.letters.bounds(&watched.policy.letters)? else { return Ok(false) };
+        let Some(extent) = self.letters.bounds(&watched.policy.letters)? else { return Ok(false) };
+        if watched.topic_id != extent.topic_id {
+            *watched = Watched::of(watched.policy.clone(), extent.topic_id);
+        }
         let name = watched.policy.name();
         let own: Vec<&DeadLetterProgress> =
             self.requests.values().filter(|request| request.requested_by == name).collect();
-        for (partition, first, end) in bounds {
+        let own: Vec<_> = own.into_iter().filter(|request| request.is_of(&watched.topic_id)).collect();
+        for (partition, first, end) in extent.partitions {
             let mut next = watched.next.get(&partition).copied().unwrap_or(first).max(first);
             let at = TopicPartition::new(watched.policy.letters.as_str(), partition);
             while next < end {
@@ -190,9 +189,10 @@ where
     /// Says whether a letter is left that belongs to no request; `None` where not all could be looked at just now:
     /// then the next call goes on where this one stood.
     fn is_any_open(&mut self, index: usize, left: &mut usize) -> Result<Option<bool>, Failure> {
-        let Watched { policy, wanted, checked, .. } = &mut self.watched[index];
-        let mut requests: Vec<&DeadLetterProgress> =
-            self.requests.values().filter(|request| request.topic == policy.letters).collect();
+        let Watched { policy, wanted, checked, topic_id, .. } = &mut self.watched[index];
+        let about =
+            |request: &&DeadLetterProgress| request.topic == policy.letters && request.is_of(topic_id);
+        let mut requests: Vec<&DeadLetterProgress> = self.requests.values().filter(about).collect();
         requests.sort_by(|a, b| a.order(b));
         for (partition, (first, end)) in wanted {
             let at = TopicPartition::new(policy.letters.as_str(), *partition);
@@ -254,6 +254,18 @@ where
 }
 
 impl Watched {
+    fn of(policy: ReplayPolicy, topic_id: String) -> Self {
+        Self {
+            policy,
+            topic_id,
+            next: BTreeMap::new(),
+            heard: Timestamp(0),
+            wanted: BTreeMap::new(),
+            checked: BTreeMap::new(),
+            newest: Timestamp(0),
+        }
+    }
+
     /// Takes a letter into account. `own` are the requests that the policy wrote.
     fn see(&mut self, letter: &Letter<'_>, own: &[&DeadLetterProgress]) {
         if letter.code != self.policy.code {

@@ -11,13 +11,15 @@
 //! fails, and its progress says why.
 
 use crate::clock::Clock;
+use crate::dead_letter::failure_of;
 use crate::ports::{Failure, Stretch, StretchReader};
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::catalog::{parking_topic, replay_topic};
 use throughline_model::dead_letter::{
-    Action, Letter, ReprocessState, STAGE, claimant, header, is_exhausted, parse_letters, status,
+    Action, Letter, RecentFailures, ReprocessState, STAGE, claimant, header, is_exhausted, parse_letters,
+    status,
 };
 use throughline_model::envelope::{DeadLetterProgress, DeadLetterRequest, ProgressRange};
 use throughline_model::keyed::Keyed;
@@ -43,6 +45,8 @@ const COMMIT_INTERVAL: Duration = Duration::from_millis(50);
 const WAIT: Duration = Duration::from_millis(100);
 /// Until a dependency that failed is asked again.
 const RETRY: Duration = Duration::from_secs(1);
+/// More than any pause between two firings of a request, of which that after a failure is the longest.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// The stage.
 pub struct ReprocessDeadLetters<L> {
@@ -62,13 +66,18 @@ impl<L: StretchReader> ReprocessDeadLetters<L> {
     fn advance(
         &mut self,
         progress: &mut DeadLetterProgress,
-        earlier: &[DeadLetterProgress],
+        earlier: &[&DeadLetterProgress],
+        recent: &mut RecentFailures,
         effects: &mut Effects,
     ) -> Result<Duration, Failure> {
         let now = self.clock.now();
         if progress.status == status::ACCEPTED {
-            match self.letters.bounds(&progress.topic)?.map(|bounds| place(progress, &bounds)) {
-                Some(Ok(ranges)) => (progress.ranges, progress.status) = (ranges, status::RUNNING.to_owned()),
+            let extent = self.letters.bounds(&progress.topic)?;
+            match extent.as_ref().map(|extent| place(progress, &extent.partitions)) {
+                Some(Ok(ranges)) => {
+                    (progress.ranges, progress.status) = (ranges, status::RUNNING.to_owned());
+                    progress.topic_id = extent.map(|extent| extent.topic_id).filter(|id| !id.is_empty());
+                }
                 Some(Err(why)) => {
                     progress.end(status::FAILED, Some(why), now);
                     return Ok(Duration::ZERO);
@@ -87,17 +96,48 @@ impl<L: StretchReader> ReprocessDeadLetters<L> {
         };
         let range = progress.ranges[index].clone();
         let partition = TopicPartition::new(progress.topic.as_str(), range.partition);
-        let batch = match self.letters.read(&partition, range.next, range.end)? {
-            Stretch::Records(batch) => batch,
-            Stretch::End => {
-                progress.ranges[index].next = range.end;
+        let begins = match self.letters.read(&partition, range.next, range.end)? {
+            Stretch::Records(batch) => batch.iter().map(|record| record.offset).find(|at| *at >= range.next),
+            Stretch::End => Some(range.end),
+            Stretch::Waiting => return Ok(WAIT),
+        };
+        // Positions are left out where transactions end, too: only retention moves the beginning.
+        if begins.is_some_and(|begins| begins > range.next) {
+            let extent = self.letters.bounds(&progress.topic)?.unwrap_or_default();
+            if progress.topic_id.as_deref().is_some_and(|own| own != extent.topic_id) {
+                let why = format!("`{}` was deleted and made anew meanwhile", progress.topic);
+                progress.end(status::FAILED, Some(why), now);
                 return Ok(Duration::ZERO);
             }
-            Stretch::Waiting => return Ok(WAIT),
+            let first = extent.partitions.iter().find(|(number, _, _)| *number == range.partition);
+            let gone = first.map_or(0, |(_, first, _)| (*first).min(range.end) - range.next);
+            if gone > 0 {
+                progress.overtaken = progress.overtaken.saturating_add(gone);
+                progress.ranges[index].next += gone;
+                tracing::error!(
+                    stage = STAGE,
+                    topic = progress.topic,
+                    partition = range.partition,
+                    positions = gone,
+                    "retention deleted dead letters before a request came to them"
+                );
+                return Ok(Duration::ZERO);
+            }
+        }
+        let from = begins.unwrap_or(range.next).min(range.end);
+        let Stretch::Records(batch) = self.letters.read(&partition, from, range.end)? else {
+            progress.ranges[index].next = from;
+            return Ok(Duration::ZERO);
         };
         let rate = progress.rate_per_second.filter(|rate| *rate > 0);
         let most = rate.map_or(CHUNK, |rate| (rate / FIRINGS_PER_SECOND).clamp(1, CHUNK));
-        let mut deal = Deal { progress, earlier, effects, replays_max: self.replays_max, sent: 0 };
+        // Whose positions are those of a topic that is gone has no claim here.
+        let earlier: Vec<_> = earlier
+            .iter()
+            .copied()
+            .filter(|other| progress.topic_id.as_deref().is_none_or(|id| other.is_of(id)))
+            .collect();
+        let mut deal = Deal { progress, earlier, recent, effects, replays_max: self.replays_max, sent: 0 };
         let mut next = range.next;
         for record in batch.iter().filter(|record| record.offset >= range.next).take(LOOKED_AT_MAX) {
             if record.offset >= range.end {
@@ -133,6 +173,11 @@ impl<L: StretchReader> Decide for ReprocessDeadLetters<L> {
 
     fn spec(&self) -> &StageSpec {
         &self.spec
+    }
+
+    /// A request's time is the broker's: it says nothing about when to go on.
+    fn timers_follow_the_clock(&self) -> bool {
+        true
     }
 
     fn process(
@@ -179,15 +224,19 @@ impl<L: StretchReader> Decide for ReprocessDeadLetters<L> {
     }
 
     fn due_at(&self, state: &Self::State) -> Option<Timestamp> {
-        state.progress.is_open().then(|| state.due.unwrap_or(Timestamp(0)))
+        // What lies farther ahead was put off by a clock that was set back.
+        let most = self.clock.now().plus(PAUSE_MAX);
+        state.progress.is_open().then(|| state.due.filter(|due| *due <= most).unwrap_or(Timestamp(0)))
     }
 
     fn fire(&mut self, key: &str, due: Timestamp, states: &mut Keyed<Self::State>, effects: &mut Effects) {
         let Some(mut progress) = states.get(key).map(|state| state.progress.clone()) else { return };
+        let mut recent = std::mem::take(&mut states.get_mut(key).recent);
         let earlier = earlier_than(&progress, states);
         // Which letters belong to an earlier request is known once it was placed.
         let unplaced = earlier.iter().any(|request| request.status == status::ACCEPTED);
-        let advanced = if unplaced { Ok(WAIT) } else { self.advance(&mut progress, &earlier, effects) };
+        let advanced =
+            if unplaced { Ok(WAIT) } else { self.advance(&mut progress, &earlier, &mut recent, effects) };
         let pause = match advanced {
             Ok(pause) => {
                 if progress.is_open() {
@@ -207,6 +256,7 @@ impl<L: StretchReader> Decide for ReprocessDeadLetters<L> {
         let next = self.clock.now().plus(pause);
         let state = states.get_mut(key);
         state.progress = progress;
+        state.recent = recent;
         state.due = Some(next.max(Timestamp(due.0 + 1)));
     }
 }
@@ -241,6 +291,9 @@ fn take_up(
             _ => Settled::new(Outcome::Ignored, "known"),
         };
     }
+    // Requests are carried out in the order of their records, which the broker's clock may not keep.
+    let newest = states.iter().map(|(_, state)| state.progress.received_at).max();
+    let time = newest.map_or(time, |newest| time.max(Timestamp(newest.0.saturating_add(1))));
     let mut progress = DeadLetterProgress::accepted(request, time);
     if let Some(why) = fault(action, request) {
         progress.end(status::FAILED, Some(why), time);
@@ -295,18 +348,22 @@ fn place(progress: &DeadLetterProgress, bounds: &[(i32, i64, i64)]) -> Result<Ve
 }
 
 /// Returns the requests about the same topic that were written before `progress`, in their order.
-fn earlier_than(progress: &DeadLetterProgress, states: &Keyed<ReprocessState>) -> Vec<DeadLetterProgress> {
+fn earlier_than<'s>(
+    progress: &DeadLetterProgress,
+    states: &'s Keyed<ReprocessState>,
+) -> Vec<&'s DeadLetterProgress> {
     let others = states.iter().map(|(_, state)| &state.progress);
     let earlier = others.filter(|other| other.topic == progress.topic && other.order(progress).is_lt());
-    let mut earlier: Vec<_> = earlier.cloned().collect();
-    earlier.sort_by(DeadLetterProgress::order);
+    let mut earlier: Vec<_> = earlier.collect();
+    earlier.sort_by(|a, b| a.order(b));
     earlier
 }
 
 /// What a firing does with its letters.
 struct Deal<'a> {
     progress: &'a mut DeadLetterProgress,
-    earlier: &'a [DeadLetterProgress],
+    earlier: Vec<&'a DeadLetterProgress>,
+    recent: &'a mut RecentFailures,
     effects: &'a mut Effects,
     replays_max: u32,
     /// Records sent, to the replay or to the parking topic.
@@ -321,12 +378,13 @@ impl Deal<'_> {
         }
         let wants = self.progress.wants();
         let exhausted = is_exhausted(&self.progress.topic, &letter, self.replays_max);
-        let requests = self.earlier.iter().chain([&*self.progress]);
+        let requests = self.earlier.iter().copied().chain([&*self.progress]);
         let claimant = claimant(&letter, requests);
         let is_ours = claimant.is_some_and(|request| request.request_id == self.progress.request_id);
         let was_replayed = claimant.is_some_and(|request| request.wants() == Some(Action::Replay));
         let again = wants == Some(Action::Replay) && self.progress.again && was_replayed && !exhausted;
-        if !is_ours && !again {
+        let is_told_again = failure_of(record).is_some_and(|failure| !self.recent.note(failure));
+        if (!is_ours && !again) || is_told_again {
             count(&mut self.progress.skipped);
         } else if wants == Some(Action::Drop) {
             count(&mut self.progress.dropped);

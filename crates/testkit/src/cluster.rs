@@ -401,6 +401,10 @@ impl Inner {
         self.topics.contains_key(topic)
     }
 
+    pub(crate) fn topic_id(&self, topic: &str) -> Option<Uuid> {
+        self.ids.get(topic).copied()
+    }
+
     pub(crate) fn start_of(&mut self, topic: &str, partition: i32) -> i64 {
         self.log(topic, partition).start
     }

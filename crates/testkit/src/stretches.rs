@@ -3,7 +3,7 @@
 use crate::cluster::{MemoryCluster, to_batch};
 use crate::faults::Point;
 use throughline_model::record::{Batch, TopicPartition};
-use throughline_runtime::ports::{Bounds, Failure, Stretch, StretchReader};
+use throughline_runtime::ports::{Extent, Failure, Stretch, StretchReader};
 
 /// Reads stretches of partitions, a few records at a time.
 pub struct MemoryStretches {
@@ -29,7 +29,7 @@ impl MemoryStretches {
 }
 
 impl StretchReader for MemoryStretches {
-    fn bounds(&mut self, topic: &str) -> Result<Option<Vec<Bounds>>, Failure> {
+    fn bounds(&mut self, topic: &str) -> Result<Option<Extent>, Failure> {
         self.cluster.faults().pass(Point::Stretch)?;
         let mut inner = self.cluster.lock();
         if !inner.has_topic(topic) {
@@ -37,7 +37,9 @@ impl StretchReader for MemoryStretches {
         }
         let partitions = inner.partitions(topic);
         let bounds = (0..partitions).map(|p| (p, inner.start_of(topic, p), inner.end_of(topic, p)));
-        Ok(Some(bounds.collect()))
+        let partitions = bounds.collect();
+        let topic_id = inner.topic_id(topic).map(|id| id.to_string()).unwrap_or_default();
+        Ok(Some(Extent { topic_id, partitions }))
     }
 
     fn read(&mut self, partition: &TopicPartition, from: i64, to: i64) -> Result<Stretch<'_>, Failure> {

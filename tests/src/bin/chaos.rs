@@ -24,6 +24,7 @@ fn run(plan: &Plan) -> Value {
     let mut rig = Rig::start(plan);
     let means = rig.means();
     let mut events = events(plan);
+    let mut order = Vec::new();
     let injected = plan.carry_out(&mut rig, |told| match told {
         Told::Begins(injection) => {
             say(&format!("{} {:>6.1} s: {injection:?}", plan.name(), begun.elapsed().as_secs_f64()));
@@ -37,6 +38,9 @@ fn run(plan: &Plan) -> Value {
                 "ended_us": micros(ended),
             });
             writeln!(events, "{event}").expect("the file of events can be written");
+            let lasted = ended.duration_since(began).unwrap_or_default().as_secs_f64();
+            let at = begun.elapsed().as_secs_f64() - lasted;
+            order.push(format!("{at:.1}+{lasted:.1} {injection:?}"));
         }
     });
     let report = rig.finish();
@@ -68,6 +72,8 @@ fn run(plan: &Plan) -> Value {
         "sent": report["sent"],
         "acknowledged": report["acknowledged"],
         "injected": injected,
+        // Seconds from the beginning, seconds that it lasted, what it was.
+        "order": order,
         "left_out": left_out(plan, means),
         "crashes": rig.cluster.crashes(),
         "differences": differences,

@@ -117,7 +117,7 @@ pub fn page(entries: &[Value], sabotaged: &[Value]) -> String {
          instances of every stage; those that end in 3 or 8 a Mosquitto in front, which is hung and restarted, not \
          killed: what it has acknowledged and not saved is its own promise; those that end in 1 or 6 the classic \
          protocol of groups with static members. What the journal holds without differences is not run again. \
-         When each fault began and ended, and which part it was done to, is in `target/chaos/<run>.jsonl`. \
+         When each fault began and how long it lasted is in the journal too, as `order`; `target/chaos/<run>.jsonl` has the same with times of day and the part it was done to. \
          Packets are dropped by nftables on the loopback device, and disks are filled that are file systems in \
          memory, where that is permitted; what was not is in the journal as `left_out`. A slow PostgreSQL is one \
          that is stopped three quarters of the time.\n",
@@ -164,14 +164,17 @@ fn can_fail(sabotaged: &[Value]) -> String {
 fn summary(entries: &[&Value]) -> String {
     let sum = |field: &str| entries.iter().filter_map(|entry| entry[field].as_u64()).sum::<u64>();
     let differing = entries.iter().filter(|entry| !is_exact(entry)).count();
-    let counts = counts(entries);
+    let exact: Vec<&Value> = entries.iter().copied().filter(|entry| is_exact(entry)).collect();
+    let counts = counts(&exact);
     let mut text = format!(
-        "\nIn all {} runs of {} minutes: {} publishes acknowledged, {} crashes, {differing} runs with differences.\n\n\
+        "\nIn all {} runs of {} minutes: {} publishes acknowledged, {} crashes, {differing} runs with differences. \
+         In the {} runs without differences:\n\n\
          | done | times |\n|---|---|\n",
         entries.len(),
         sum("seconds") / 60,
         sum("acknowledged"),
         sum("crashes"),
+        exact.len(),
     );
     let mut classes: BTreeMap<&str, u64> = BTreeMap::new();
     for (name, count) in counts {

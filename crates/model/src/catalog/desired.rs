@@ -70,6 +70,9 @@ const MESSAGE_BYTES_DEFAULT: u64 = 1_048_588;
 /// `message.max.bytes` of the client as well.
 pub const RECORD_BYTES_MAX: u64 = MESSAGE_BYTES_DEFAULT + LETTER_OVERHEAD_BYTES;
 
+/// 90 days, as long as dead letters are kept.
+const TOMBSTONES_KEPT_MS: u64 = 7_776_000_000;
+
 impl Catalog {
     /// Returns what the cluster and the registry shall have for `stages`.
     ///
@@ -86,6 +89,11 @@ impl Catalog {
             let spec = &topic.spec;
             let replication = spec.replication.unwrap_or(environment.replication);
             let mut configs = settings(spec.cleanup, spec.retention, environment, replication);
+            if spec.cleanup == Cleanup::Compact {
+                // Who follows a table, or loads it into a database that is restored, learns what was deleted from
+                // the tombstone: it is kept as long as somebody may be away.
+                configs.insert("delete.retention.ms".to_owned(), TOMBSTONES_KEPT_MS.to_string());
+            }
             configs.extend(spec.config.clone());
             desired.topics.push(DesiredTopic {
                 name: spec.name.to_string(),

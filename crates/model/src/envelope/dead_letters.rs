@@ -115,5 +115,11 @@ record! {
         /// As in the request.
         #[serde(default)]
         replays_below: Option<i64>,
+        /// The id of the topic of the letters: positions of another one under its name mean other letters.
+        #[serde(default)]
+        topic_id: Option<String>,
+        /// Positions that retention deleted after the request was taken up and before they were looked at.
+        #[serde(default)]
+        overtaken: i64,
     }
 }

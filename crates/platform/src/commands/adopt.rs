@@ -11,6 +11,7 @@ use std::collections::{BTreeSet, HashMap};
 use throughline_kafka::admin::{Admin, CommittedOffset, commit_for_group};
 use throughline_kafka::{KafkaConfig, ask_incarnation};
 use throughline_model::books::Books;
+use throughline_model::catalog::parse_replay;
 use throughline_model::record::TopicPartition;
 use throughline_model::stage::{Kind, StageSpec};
 use throughline_model::strict_toml::suggestion;
@@ -179,7 +180,15 @@ fn decide(
             output::notice(&format!("{} does not exist any more and is left alone", standing.partition));
             continue;
         };
-        let Some(to) = destination(adoption.begin, &standing, *first, *end)? else { continue };
+        let begin = adoption.begin.map(|begin| begin_of(begin, adoption, &standing.partition.topic, spec));
+        let Some(to) = destination(begin, &standing, *first, *end)? else { continue };
+        if writes_twice(&standing, to, spec) {
+            output::notice(&format!(
+                "{}: what of it failed only after the backup is read again from its input as well, and would be \
+                 written twice; `--topic {} --begin end` leaves these replays out",
+                standing.partition, standing.partition.topic
+            ));
+        }
         let mut found = adopt(standing, to, *first, &volume);
         if spec.is_none_or(|spec| spec.kind != Kind::Load) {
             let changelog = spec.and_then(|spec| spec.changelog.as_deref());
@@ -188,6 +197,23 @@ fn decide(
         adopted.push(found);
     }
     Ok(adopted)
+}
+
+/// Returns where a partition begins. What a load stage wrote by a replay comes from the input again when that
+/// is read from its start; its rows have no key by which a second one would be recognised. Who names the
+/// replay topic means it.
+fn begin_of(begin: Begin, adoption: &Adoption, topic: &str, spec: Option<&StageSpec>) -> Begin {
+    let is_load = spec.is_some_and(|spec| spec.kind == Kind::Load);
+    let is_replay = parse_replay(topic).is_some() && adoption.topic.is_none();
+    if begin == Begin::Earliest && is_load && is_replay { Begin::End } else { begin }
+}
+
+/// Says whether replays are read again beside the inputs that they came from: those of a database that fell back.
+fn writes_twice(standing: &Standing, to: i64, spec: Option<&StageSpec>) -> bool {
+    let is_load = spec.is_some_and(|spec| spec.kind == Kind::Load);
+    is_load
+        && parse_replay(&standing.partition.topic).is_some()
+        && standing.copy.is_some_and(|copy| copy > to)
 }
 
 fn adopt(standing: Standing, to: i64, first: i64, volume: &str) -> Adopted {
@@ -343,6 +369,28 @@ mod tests {
         ] {
             let found = destination(begin, &standing, 10, 100);
             assert_eq!(found.ok(), expected, "{} {}", standing.next, standing.is_of_here);
+        }
+    }
+
+    #[test]
+    fn replays_of_a_table_that_is_built_anew_are_left_out_unless_they_are_named() {
+        let spec = |group: &str| stage_specs().into_iter().find(|spec| spec.group == group);
+        let adoption = |topic: Option<&str>| Adoption {
+            group: "load_warehouse".to_owned(),
+            topic: topic.map(str::to_owned),
+            begin: Some(Begin::Earliest),
+            yes: false,
+        };
+        let replays = "data_core.reading.v1.load_warehouse-replay";
+        let (load, decide) = (spec("load_warehouse"), spec("bridge_data"));
+        for (group, named, topic, expected) in [
+            (&load, None, replays, Begin::End),
+            (&load, None, "data_core.reading.v1", Begin::Earliest),
+            (&load, Some(replays), replays, Begin::Earliest),
+            (&decide, None, "device.telemetry.v1.bridge_data-replay", Begin::Earliest),
+        ] {
+            let found = begin_of(Begin::Earliest, &adoption(named), topic, group.as_ref());
+            assert!(found == expected, "{topic} {named:?}");
         }
     }
 

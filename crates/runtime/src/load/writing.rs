@@ -127,8 +127,7 @@ where
 
     fn write_all(&mut self) -> Result<(), Failure> {
         if !self.letters.is_empty() {
-            self.outlet.send_all(&self.letters)?;
-            self.letters.clear();
+            self.outlet.send_rest(&mut self.letters)?;
         }
         self.write_rows()?;
         self.forget_gathered();

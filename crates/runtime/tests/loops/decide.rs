@@ -103,6 +103,30 @@ fn no_timer_fires_by_the_clock_before_every_partition_of_the_task_is_read_to_its
 }
 
 #[test]
+fn no_record_fires_a_timer_that_another_input_of_the_task_may_still_put_off() {
+    let world = World::new(&[INPUT, SECOND], 1);
+    world.say("a", "arm:10");
+    world.say("b", "arm:10");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    // The registry is away, and a batch of the first input waits for it; long before the timers are due somebody
+    // puts one of them off behind it.
+    world.cluster.faults().set_up(Point::Schema, false);
+    world.cluster.append(INPUT, 0, Some(b"c"), Some(&[0, 0, 0, 9, 9, 1]), []);
+    world.say("a", "arm:1000");
+    turns(&mut running, 5);
+    world.clock.advance(Duration::from_secs(60));
+    world.cluster.append_keyed(SECOND, "x", b"add:1");
+    turns(&mut running, 20);
+    assert_eq!(world.output(), Vec::<String>::new(), "the second input is later than the timers");
+    world.cluster.faults().set_up(Point::Schema, true);
+    world.settle(&mut running);
+    let fired = ["b fired 0 at ", "x 1 1 @0"];
+    let output = world.output();
+    assert!(output.len() == 2 && output.iter().zip(fired).all(|(o, f)| o.starts_with(f)), "{output:?}");
+}
+
+#[test]
 fn state_is_restored_before_any_input() {
     let world = World::new(&[INPUT], 1);
     world.say("a", "add:1");

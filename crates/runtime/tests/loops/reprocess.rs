@@ -302,6 +302,97 @@ fn a_second_replay_sends_nothing_unless_again_is_asked_for() {
 }
 
 #[test]
+fn a_letter_that_was_told_twice_is_replayed_once() {
+    let world = World::new();
+    let tell = |offset: i64, code: &str| {
+        let (partition, time) = (0_i32.to_be_bytes(), 7_i64.to_be_bytes());
+        let offset = offset.to_be_bytes();
+        let origin: [(&str, &[u8]); 5] = [
+            (header::CODE, code.as_bytes()),
+            ("kafka_dlt-original-topic", b"device.thing.v1"),
+            ("kafka_dlt-original-partition", &partition),
+            ("kafka_dlt-original-offset", &offset),
+            ("kafka_dlt-original-timestamp", &time),
+        ];
+        let value = i64::from_be_bytes(offset).to_string();
+        world.cluster.append(LETTERS, 0, Some(b"k"), Some(value.as_bytes()), origin);
+    };
+    // A write of a load stage whose acknowledgements were lost, and its next attempt.
+    [0, 1, 2, 0, 1, 2, 3].into_iter().for_each(|offset| tell(offset, "bad"));
+    world.ask(&request("r", Action::Replay));
+    world.settle(&["r"]);
+    assert_eq!(world.replayed(), ["0", "1", "2", "3"]);
+    let progress = world.progress("r").unwrap();
+    assert_eq!((progress.replayed, progress.skipped), (4, 3));
+}
+
+#[test]
+fn what_was_decided_about_a_topic_says_nothing_about_another_one_of_its_name() {
+    let world = World::new();
+    world.letters(6);
+    world.ask(&coded("drop", Action::Drop, "odd"));
+    world.ask(&request("first", Action::Replay));
+    world.settle(&["drop", "first"]);
+    assert_eq!(world.replayed().len(), 4);
+    world.cluster.recreate_topic(LETTERS);
+    world.letters(6);
+    world.ask(&request("second", Action::Replay));
+    world.settle(&["second"]);
+    assert_eq!(world.progress("second").unwrap().replayed, 6, "all of them are new letters");
+}
+
+#[test]
+fn requests_are_carried_out_in_the_order_of_their_records_whatever_the_brokers_clock_says() {
+    let world = World::new();
+    world.letters(9);
+    world.ask(&request("z", Action::Replay));
+    world.settle(&["z"]);
+    // The next leader's clock is behind; and an equal time would put the smaller id first.
+    world.clock.set(world.clock.now().minus(Duration::from_secs(3_600)));
+    world.ask(&request("a", Action::Replay));
+    world.settle(&["a"]);
+    let second = world.progress("a").unwrap();
+    assert_eq!((second.replayed, second.skipped), (0, 9));
+    assert_eq!(world.replayed().len(), 9);
+}
+
+#[test]
+fn a_clock_that_is_set_back_does_not_hold_up_a_request() {
+    let world = World::new();
+    world.letters(40);
+    world.ask(&DeadLetterRequest { rate_per_second: Some(20), ..request("slow", Action::Replay) });
+    let mut running = world.start();
+    while world.replayed().len() < 10 {
+        running.turn().unwrap();
+    }
+    world.clock.set(world.clock.now().minus(Duration::from_secs(3_600)));
+    let end = world.clock.now().plus(Duration::from_secs(60));
+    while !world.has_ended(&["slow"]) {
+        assert!(world.clock.now() < end, "{:?}", world.progress("slow"));
+        running.turn().unwrap();
+    }
+    assert_eq!(world.replayed().len(), 40);
+}
+
+#[test]
+fn letters_that_retention_deletes_under_a_request_are_counted() {
+    let world = World::new();
+    world.letters(60);
+    world.ask(&DeadLetterRequest { rate_per_second: Some(20), ..request("slow", Action::Replay) });
+    let mut running = world.start();
+    while world.replayed().len() < 10 {
+        running.turn().unwrap();
+    }
+    world.cluster.delete_before(LETTERS, 0, 40);
+    while !world.has_ended(&["slow"]) {
+        running.turn().unwrap();
+    }
+    let progress = world.progress("slow").unwrap();
+    assert_eq!(progress.replayed + progress.overtaken, 60, "{progress:?}");
+    assert!(progress.overtaken >= 20, "{progress:?}");
+}
+
+#[test]
 fn a_request_is_finite_and_what_was_parked_counts_anew() {
     let world = World::new();
     world.letters(4);

@@ -43,7 +43,13 @@ pub fn by_topic(context: &Context) -> Result<BTreeMap<String, Vec<DeadLetterProg
     for progress in last_by_key::<DeadLetterProgress>(context, PROGRESS)?.into_values() {
         topics.entry(progress.topic.clone()).or_default().push(progress);
     }
-    for requests in topics.values_mut() {
+    let admin = Admin::new(&context.kafka())?;
+    let existing = admin.topics()?;
+    let names: Vec<&str> = topics.keys().map(String::as_str).filter(|t| existing.contains_key(*t)).collect();
+    let ids = admin.topic_ids(&names)?;
+    for (topic, requests) in &mut topics {
+        // What was decided about a topic that was deleted says nothing about another one of its name.
+        requests.retain(|request| ids.get(topic).is_none_or(|id| request.is_of(id)));
         requests.sort_by(DeadLetterProgress::order);
     }
     Ok(topics)
@@ -99,7 +105,7 @@ fn left(progress: &DeadLetterProgress) -> i64 {
 pub fn to_json(p: &DeadLetterProgress) -> Value {
     json!({"id": p.request_id, "at": p.received_at.to_string(), "action": p.action, "topic": p.topic,
            "code": p.code, "schema_id": p.schema_id, "replays_below": p.replays_below, "status": p.status, "replayed": p.replayed,
-           "dropped": p.dropped, "parked": p.parked, "skipped": p.skipped, "left": left(p), "again": p.again,
+           "dropped": p.dropped, "parked": p.parked, "skipped": p.skipped, "overtaken": p.overtaken, "left": left(p), "again": p.again,
            "rate_per_second": p.rate_per_second, "requested_by": p.requested_by,
            "justification": p.justification, "error": p.error,
            "done_at": p.done_at.map(|at| at.to_string())})
@@ -202,6 +208,7 @@ pub fn summary(p: &DeadLetterProgress) -> String {
         (p.dropped, "dropped"),
         (p.parked, "parked"),
         (p.skipped, "skipped"),
+        (p.overtaken, "deleted by retention before"),
         (left(p), "positions left"),
     ];
     let counts: Vec<String> =
