@@ -193,7 +193,7 @@ where
         }
         if !self.needs_reset {
             self.set_up()?;
-            self.resolve_held()?;
+            self.take_held()?;
             self.tick()?;
             self.commit_if_due()?;
         }
@@ -356,25 +356,28 @@ where
         Ok(())
     }
 
-    /// Asks again for the schemas that held batches wait for, and processes what waits for nothing any more.
-    fn resolve_held(&mut self) -> Result<(), Stopped> {
-        let mut still_waiting = Vec::new();
+    /// Goes on with what waits for nothing any more, and asks again for the schemas that held batches wait for.
+    fn take_held(&mut self) -> Result<(), Stopped> {
+        let waiting = self.lanes.values().filter(|lane| lane.waits_for_others);
+        for source in waiting.map(|lane| lane.source.clone()).collect::<Vec<_>>() {
+            // A failure in between gives up everything that was held.
+            let Some(lane) = self.lanes.get_mut(&source) else { continue };
+            lane.waits_for_others = false;
+            let Some(batch) = lane.held.pop_front() else { continue };
+            self.process_or_hold(batch)?;
+            self.resume_if_free(&source);
+        }
         while self.schemas.backoff.is_due(self.clock.now()) {
-            let mut holding = self.lanes.values_mut().filter(|lane| !lane.held.is_empty());
-            let Some(lane) = holding.find(|lane| !still_waiting.contains(&lane.source)) else { break };
+            let mut holding = self.lanes.values_mut().filter(|lane| !lane.waits_for_others);
+            let Some(lane) = holding.find(|lane| !lane.held.is_empty()) else { break };
             let batch = lane.held.front().expect("it is not empty");
             match self.schemas.resolve(batch, lane.replayed, self.clock.now()) {
                 Ok(()) => {
                     let batch = lane.held.pop_front().expect("it is not empty");
-                    if !std::mem::take(&mut lane.waits_for_others) {
-                        self.signals.works("registry");
-                    }
+                    self.signals.works("registry");
                     let source = batch.source.clone();
                     self.process_or_hold(batch)?;
-                    match self.lanes.get(&source) {
-                        Some(lane) if lane.waits_for_others => still_waiting.push(source),
-                        _ => self.resume_if_free(&source),
-                    }
+                    self.resume_if_free(&source);
                 }
                 Err(failure) => {
                     let failure = policy::only(self.at(Step::Schema), failure, Response::Pause)?;
