@@ -1,10 +1,12 @@
 //! Sessions, wills, deadlines and the end of an instance.
 
 use super::TELEMETRY_DLT;
+use super::bounds::note;
 use super::support::*;
 use std::io::Write as _;
 use std::time::Duration;
 use throughline_model::topics::{DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1};
+use throughline_runtime::ports::Fate;
 
 #[test]
 fn a_keep_alive_that_ran_out_closes_but_not_while_reading_is_paused() {
@@ -132,6 +134,30 @@ fn session_events_wait_for_their_topic_and_hold_up_nothing_else() {
     rig.memory.close_topics(&[]);
     let events: Vec<String> = rig.sessions(3).into_iter().map(|e| e.event).collect();
     assert_eq!(events, ["connected", "disconnected", "connected"], "in order");
+}
+
+#[test]
+fn session_events_outlast_an_outage_that_is_longer_than_every_time_out() {
+    let rig = Rig::start();
+    rig.memory.hold();
+    let will = [text(TOPIC.as_bytes()), text(&reading(99))].concat();
+    let mut dies = rig.raw();
+    dies.send(&connect(4, "site-1/pump-7", 6, 0, &will));
+    assert_eq!(dies.connack(4).1, 0);
+    drop(dies);
+    // `connected`, `disconnected` and `will`, sent again after each time-out of the producer.
+    for attempt in 1..=6 {
+        rig.memory.wait_for(DEVICE_SESSION_V1, 3 * attempt);
+        rig.memory.wait_for(DEVICE_TELEMETRY_V1, attempt);
+        rig.memory.answer_all(DEVICE_SESSION_V1, Fate::Failed);
+        rig.memory.answer_all(DEVICE_TELEMETRY_V1, Fate::Failed);
+    }
+    rig.memory.flow();
+    let events: Vec<String> = rig.sessions(21).into_iter().skip(18).map(|event| event.event).collect();
+    assert_eq!(events, ["connected", "disconnected", "will"]);
+    let sent = rig.memory.wait_for(DEVICE_TELEMETRY_V1, 7);
+    assert_eq!(rig.message(&sent[6]).seq, Some(99), "what the will said");
+    until("nothing to wait", || note(&rig, "session_events_waiting") == 0.0);
 }
 
 #[test]
