@@ -34,6 +34,7 @@ fn a_keep_alive_that_ran_out_closes_but_not_while_reading_is_paused() {
 #[test]
 fn a_connection_that_says_nothing_is_closed_at_its_deadline() {
     let rig = Rig::with(|l| l.bounds.connect_deadline_ms = 300);
+    let before = Before::disconnects("connect_deadline");
     rig.raw().expect_end();
     let mut half = rig.raw();
     half.send(&[0x10]);
@@ -42,6 +43,7 @@ fn a_connection_that_says_nothing_is_closed_at_its_deadline() {
     let mut second = rig.raw();
     second.expect_end();
     lives.ping();
+    before.grew_by(3);
 }
 
 #[test]
@@ -187,6 +189,23 @@ fn a_drained_listener_acknowledges_what_kafka_has_and_says_good_bye() {
     let rig = drained.join().expect("drains");
     let causes: Vec<Option<String>> = rig.sessions(2).into_iter().map(|e| e.cause).collect();
     assert_eq!(causes, [None, Some("shutdown".to_owned())]);
+}
+
+#[test]
+fn a_drain_that_kafka_does_not_answer_ends_at_its_deadline_and_acknowledges_nothing() {
+    let mut rig = Rig::start();
+    rig.memory.hold();
+    let mut client = rig.client(5, "site-1/pump-7");
+    client.send(&publish(5, TOPIC, 1, &reading(1)));
+    rig.memory.wait_for(DEVICE_TELEMETRY_V1, 1);
+    let drained = std::thread::spawn(move || {
+        rig.bridge.drain(Duration::from_millis(300));
+        rig
+    });
+    client.expect(&[0xe0, 2, 0x8b, 0]);
+    client.expect_end();
+    drop(client);
+    drained.join().expect("drains");
 }
 
 #[test]
