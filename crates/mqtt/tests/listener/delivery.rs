@@ -96,7 +96,9 @@ fn a_full_producer_queue_pauses_reading_and_loses_nothing() {
     rig.memory.wait_for(DEVICE_TELEMETRY_V1, 2);
     until("the pause", || note(&rig, "connections_paused") == 3.0);
     assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 2, "with three session events it is full");
+    until("the role to be not ready", || rig.health.unready().concat().contains("queue is full"));
     rig.memory.flow();
+    until("the role to be ready", || rig.health.unready().is_empty());
     for client in &mut clients {
         for id in 1..=6 {
             client.expect_puback(id);
