@@ -55,6 +55,28 @@ impl Followed {
     }
 }
 
+/// What is held back of a table.
+struct Held {
+    batches: Vec<Batch>,
+    /// What came so far, also what was passed on: beyond the bound nothing is held back any more.
+    bytes: usize,
+    bytes_max: usize,
+}
+
+impl Held {
+    fn take(&mut self, batch: &Batch, each: &mut dyn FnMut(&Batch)) {
+        self.bytes += batch.bytes_held();
+        self.batches.push(batch.clone());
+        if self.bytes > self.bytes_max {
+            self.pass_on(each);
+        }
+    }
+
+    fn pass_on(&mut self, each: &mut dyn FnMut(&Batch)) {
+        self.batches.drain(..).for_each(|batch| each(&batch));
+    }
+}
+
 /// Reads tables for one stage; blocking, but for `follow` after its first call.
 pub struct TopicReader {
     config: KafkaConfig,
@@ -76,15 +98,9 @@ impl TopicReader {
     fn read_anew(&self, topic: &str, each: &mut dyn FnMut(&Batch)) -> Result<Followed, Failure> {
         warn!(topic, "a table is read anew, with a new Kafka client");
         let mut followed = self.begin_following(topic)?;
-        let (mut held, mut bytes) = (Vec::new(), 0);
-        followed.take(&self.config, topic, &mut |batch| {
-            bytes += batch.bytes_held();
-            held.push(batch.clone());
-            if bytes > HELD_BYTES_MAX {
-                held.drain(..).for_each(|batch| each(&batch));
-            }
-        })?;
-        held.iter().for_each(&mut *each);
+        let mut held = Held { batches: Vec::new(), bytes: 0, bytes_max: HELD_BYTES_MAX };
+        followed.take(&self.config, topic, &mut |batch| held.take(batch, each))?;
+        held.pass_on(each);
         Ok(followed)
     }
 
@@ -228,4 +244,30 @@ fn bound(bounds: &HashMap<i32, i64>, topic: &str, partition: i32) -> Result<i64,
 
 fn stalled(partition: &TopicPartition) -> Failure {
     dependency(format!("reading {partition} came to nothing for {} s", PROGRESS_TIMEOUT.as_secs()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use throughline_model::time::Timestamp;
+
+    #[test]
+    fn a_table_that_is_read_anew_is_held_back_up_to_its_bound() {
+        let batch = |offset| {
+            let mut batch = Batch::new(TopicPartition::new("t", 0));
+            batch.push(offset, Timestamp(0), Some(b"k"), Some(&[b'v'; 1_000]), []);
+            batch
+        };
+        let bytes_max = batch(0).bytes_held() * 3;
+        let mut held = Held { batches: Vec::new(), bytes: 0, bytes_max };
+        let mut passed = Vec::new();
+        let mut counts = Vec::new();
+        for offset in 0..6 {
+            held.take(&batch(offset), &mut |batch| passed.push(batch.get(0).offset));
+            counts.push((passed.len(), held.batches.len()));
+        }
+        assert_eq!(counts, [(0, 1), (0, 2), (0, 3), (4, 0), (5, 0), (6, 0)], "passed on, held back");
+        held.pass_on(&mut |batch| passed.push(batch.get(0).offset));
+        assert_eq!(passed, [0, 1, 2, 3, 4, 5]);
+    }
 }

@@ -31,12 +31,18 @@ impl Broker {
 
     /// Takes a connection and accepts its CONNECT.
     fn accept(&self) -> Connection {
+        self.accept_with().0
+    }
+
+    /// The same; returns the CONNECT too.
+    fn accept_with(&self) -> (Connection, Vec<u8>) {
         let (socket, _) = self.0.accept().expect("accepts");
         socket.set_read_timeout(Some(PATIENCE)).expect("sets");
         let mut connection = Connection(socket);
-        assert_eq!(connection.read()[0], 0x10, "CONNECT");
+        let connect = connection.read();
+        assert_eq!(connect[0], 0x10, "CONNECT");
         connection.send(&[0x20, 3, 1, 0, 0]);
-        connection
+        (connection, connect)
     }
 
     /// Takes a connection and grants its subscriptions.
@@ -121,6 +127,32 @@ fn a_delivery_that_failed_while_the_window_is_full_is_received_again() {
     second.publish(2, &reading(2));
     second.expect_puback(1);
     second.expect_puback(2);
+}
+
+#[test]
+fn the_broker_is_told_how_many_messages_and_bytes_may_come() {
+    let broker = Broker::listen();
+    let _rig = broker.bridge(ExternalConfig::default().open_publishes_max);
+    let (_connection, connect) = broker.accept_with();
+    let tells = |property: &[u8]| connect.windows(property.len()).any(|window| window == property);
+    assert!(tells(&[0x21, 0x03, 0xe8]), "Receive Maximum, 1,000: {connect:x?}");
+    assert!(tells(&[0x27, 0x00, 0x04, 0x00, 0x00]), "Maximum Packet Size, 256 KiB: {connect:x?}");
+}
+
+#[test]
+fn at_qos_0_no_more_is_taken_from_the_broker_than_may_be_open() {
+    let broker = Broker::listen();
+    let rig = broker.bridge(2);
+    rig.memory.hold();
+    let mut connection = broker.serve();
+    // Receive Maximum does not bind the broker at QoS 0, so the bridge itself must stop taking.
+    (0..200).for_each(|_| connection.publish(0, &reading(1)));
+    rig.memory.wait_for(DEVICE_TELEMETRY_V1, 2);
+    let status = || rig.health.status()["roles"]["bridge"]["notes"]["external"].clone();
+    until("two to be open", || status()["open_publishes"] == 2);
+    assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 2, "the third waits");
+    rig.memory.flow();
+    rig.memory.wait_for(DEVICE_TELEMETRY_V1, 200);
 }
 
 #[test]

@@ -21,6 +21,9 @@ use throughline_telemetry::RoleHealth;
 /// How long open publishes may wait for Kafka when the process ends.
 const DRAIN_BUDGET: Duration = Duration::from_secs(10);
 
+// First those of the listener, then what the producer still holds; both are within what the process grants.
+const _: () = assert!(2 * DRAIN_BUDGET.as_secs() < crate::process::DRAIN_BUDGET.as_secs());
+
 /// How often the wish to end is looked for while only MQTT is served.
 const POLL: Duration = Duration::from_millis(100);
 

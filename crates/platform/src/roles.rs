@@ -41,7 +41,7 @@ pub struct Role {
     pub name: &'static str,
     /// What it reads and keeps, where it is a stage.
     pub spec: Option<fn() -> StageSpec>,
-    run: fn(&Context, RoleHealth) -> Result<(), CliError>,
+    pub(crate) run: fn(&Context, RoleHealth) -> Result<(), CliError>,
     /// What would become of replays of one of its inputs now, where that can be told without doing it.
     pub predict: Option<Predict>,
 }

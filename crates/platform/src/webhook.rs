@@ -314,6 +314,26 @@ mod tests {
         assert!(!message.contains("s3cret"), "{message}");
     }
 
+    #[test]
+    fn a_receiver_that_takes_no_connection_is_away_long_before_the_delivery_times_out() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
+        let listener = runtime.block_on(async {
+            let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+            socket.bind(([127, 0, 0, 1], 0).into()).expect("a free port");
+            socket.listen(1).expect("listens")
+        });
+        let address = listener.local_addr().expect("bound");
+        // Nobody accepts; once the queue is full the system lets connections wait.
+        let mut queued = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(500)) {
+            queued.push(stream);
+            assert!(queued.len() < 100, "the queue does not fill");
+        }
+        // The answer comes within half a minute and the whole delivery has two: the connection was given up.
+        let answer = posted(&format!("http://{address}/"), 120_000);
+        assert!(matches!(answer, Answer::Unavailable { .. }), "{answer:?}");
+    }
+
     /// Takes one request and answers with these bytes, whatever they are, then closes the connection.
     fn answers(bytes: Vec<u8>) -> (String, std::thread::JoinHandle<()>) {
         take_one(move |mut stream, _| {

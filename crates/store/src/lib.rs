@@ -397,3 +397,14 @@ pub(crate) fn fenced(write: &Write<'_>) -> Failure {
         steps.join(", ")
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_and_the_wait_for_a_lock_are_bounded_by_default() {
+        let call = StoreOptions::default().call_timeout;
+        assert_eq!((call, call / 3), (Duration::from_secs(30), Duration::from_secs(10)));
+    }
+}

@@ -122,6 +122,31 @@ fn a_missing_topic_is_refused_until_it_is_there_and_others_are_served() {
     });
 }
 
+#[test]
+fn a_record_that_waits_for_longer_than_the_time_out_is_reported_as_failed() {
+    let mock = MockCluster::new(1).expect("a mock cluster");
+    mock.create_topic("t", 1, 1).expect("a topic");
+    let config = KafkaConfig::new(mock.bootstrap_servers());
+    let tuning = IngressConfig { produce_timeout_ms: 1_000, ..IngressConfig::default() };
+    let fates: Arc<Mutex<BTreeMap<u64, Fate>>> = Arc::default();
+    let book = Arc::clone(&fates);
+    let ingress = IngressProducer::start(&config, &tuning, move |token, fate| {
+        assert!(book.lock().expect("no report panics").insert(token, fate).is_none(), "one report a token");
+    })
+    .expect("starts");
+    let send = |token: u64| {
+        let (key, value, headers) = (Some(&b"k"[..]), Some(&b"v"[..]), Headers::default());
+        ingress.send(Outgoing { topic: "t", partition: None, key, value, headers }, token).expect("taken");
+        wait_for("its report", || fates.lock().expect("no report panics").get(&token).copied())
+    };
+    assert_eq!(send(1), Fate::Delivered);
+    mock.broker_down(1).expect("a broker");
+    assert_eq!(send(2), Fate::Failed);
+    mock.broker_up(1).expect("a broker");
+    // It is tried again by whoever sent it; the producer goes on.
+    (3..).map(send).take(30).find(|fate| *fate == Fate::Delivered).expect("the broker is back");
+}
+
 /// Sends two batches to a broker that refuses the first one for a moment, as a leader that is not ready does,
 /// and does not look at sequences, as one that knows nothing of the producer yet. Returns the fates, and the
 /// values that the broker holds, in their order.

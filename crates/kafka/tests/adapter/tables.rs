@@ -1,12 +1,14 @@
 //! Tables are read to the end they had.
 
 use crate::common::*;
-use std::sync::Mutex;
+use rdkafka::mocking::MockCluster;
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use throughline_kafka::browse::end_offsets;
-use throughline_kafka::{GroupSource, TopicReader, TransactionalProducer};
+use throughline_kafka::{AckedProducer, GroupSource, KafkaConfig, TopicReader, TransactionalProducer};
 use throughline_model::record::{Batch, Outbox};
-use throughline_runtime::ports::{Failure, PipelineEvent, Source, TableReader, Transactions};
+use throughline_runtime::ports::{Failure, Outlet, PipelineEvent, Source, TableReader, Transactions};
 
 #[test]
 fn a_table_is_read_to_the_end_it_had_and_open_transactions_are_awaited() {
@@ -66,6 +68,33 @@ fn a_table_is_read_to_the_end_it_had_and_open_transactions_are_awaited() {
         reader.follow(&table, &mut each).expect("follows");
         (seen.lock().unwrap().last()? == "later").then_some(())
     });
+}
+
+#[test]
+fn a_restore_in_which_nothing_comes_ends_and_the_next_attempt_reads_everything() {
+    let mock = MockCluster::new(1).expect("a mock cluster");
+    mock.create_topic("t", 1, 1).expect("a topic");
+    let config = KafkaConfig::new(mock.bootstrap_servers());
+    let topic: Arc<str> = "t".into();
+    let mut outbox = Outbox::default();
+    for value in [b"1", b"2", b"3"] {
+        outbox.push(&topic, Some(0), Some(b"k"), Some(value), []);
+    }
+    AckedProducer::new(&config).send_all(&outbox).expect("acknowledged");
+    // The broker says where the partition ends and hands over nothing of it.
+    let refuses = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION; 10_000];
+    mock.request_errors(RDKafkaApiKey::Fetch, &refuses);
+    let mut reader = TopicReader::new(&config);
+    let mut read =
+        |count: &mut usize| reader.read_partitions(&topic, &[0], &mut |batch| *count += batch.len());
+    let mut count = 0;
+    let failure = read(&mut count).expect_err("nothing comes");
+    let Failure::Dependency { message, .. } = &failure else { panic!("{failure:?}") };
+    assert!(message.contains("t/0 came to nothing for 15 s"), "{message}");
+    assert_eq!(count, 0);
+    mock.clear_request_errors(RDKafkaApiKey::Fetch);
+    read(&mut count).expect("it is read");
+    assert_eq!(count, 3);
 }
 
 #[test]

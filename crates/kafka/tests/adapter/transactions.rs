@@ -74,6 +74,25 @@ fn a_copy_loop_that_is_killed_and_fenced_copies_each_record_once() {
 }
 
 #[test]
+fn a_full_queue_of_the_producer_is_waited_for_and_nothing_is_lost() {
+    let output = topic("out_full", 1, &[]);
+    let mut config = config("full");
+    config.properties.insert("queue.buffering.max.messages".to_owned(), "10".to_owned());
+    let mut source = join(&config, &unique("full"), &[&topic("in_full", 1, &[])]);
+    offered(&mut source, 1);
+    let mut producer = TransactionalProducer::new(&config, &unique("full"), source.membership());
+    wait_for("the producer is ready", || producer.reset().ok());
+    let mut outbox = Outbox::default();
+    for i in 0..1_000 {
+        outbox.push(&output, Some(0), Some(b"k"), Some(i.to_string().as_bytes()), []);
+    }
+    producer.send(&outbox).expect("takes all of it");
+    producer.commit(&[]).expect("commits");
+    let seen: Vec<usize> = values(&output).into_iter().map(|(_, _, v)| v.parse().unwrap()).collect();
+    assert_eq!(seen, (0..1_000).collect::<Vec<_>>());
+}
+
+#[test]
 fn books_travel_with_the_offset_and_a_foreign_offset_is_told_apart() {
     let (input, output) = (topic("books", 3, &[]), topic("books_out", 1, &[]));
     let group = unique("books");

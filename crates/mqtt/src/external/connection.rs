@@ -87,12 +87,18 @@ pub(super) async fn run(options: MqttOptions, requests_max: usize, filters: Vec<
         }
         // A connection that was only opened shows nothing: a message that Kafka does not take ends each one
         // at once, and the broker is not to be hammered for it.
-        if acknowledged || began.elapsed() >= BACKOFF_MAX {
-            backoff = BACKOFF_FIRST;
-        }
-        tokio::time::sleep(backoff).await;
-        backoff = (backoff * 2).min(BACKOFF_MAX);
+        let served = acknowledged || began.elapsed() >= BACKOFF_MAX;
+        let (pause, next) = pauses(backoff, served);
+        backoff = next;
+        tokio::time::sleep(pause).await;
     }
+}
+
+/// Returns the pause after a connection and, should the next one end too, the pause after that: doubling, and
+/// from the beginning once a connection `served`.
+fn pauses(backoff: Duration, served: bool) -> (Duration, Duration) {
+    let pause = if served { BACKOFF_FIRST } else { backoff };
+    (pause, (pause * 2).min(BACKOFF_MAX))
 }
 
 /// Serves one connection to its end. Returns why it ended and whether anything was acknowledged on it.
@@ -157,6 +163,19 @@ async fn one(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pause_before_a_reconnect_doubles_up_to_its_bound_and_begins_anew_after_service() {
+        let mut backoff = BACKOFF_FIRST;
+        let mut next = |served| {
+            let (pause, after) = pauses(backoff, served);
+            backoff = after;
+            pause.as_millis()
+        };
+        let in_vain: Vec<u128> = (0..10).map(|_| next(false)).collect();
+        assert_eq!(in_vain, [200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000]);
+        assert_eq!([next(true), next(false), next(false)], [200, 400, 800]);
+    }
 
     #[test]
     fn a_broker_that_cannot_be_named_is_refused_with_the_form() {

@@ -139,3 +139,35 @@ pub(super) fn will_publish<'a>(client_id: &'a str, login: Option<&'a Login>, wil
         received_at: wall_clock(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records(bytes: usize) -> Outbox {
+        let mut records = Outbox::default();
+        records.push(&"t".into(), None, None, Some(&vec![b'w'; bytes]), []);
+        records
+    }
+
+    #[test]
+    fn a_will_beyond_the_bound_of_those_that_wait_is_due_at_once() {
+        let now = Instant::now();
+        let held = "client-1".len() + records(1_000).bytes_held();
+        // Two have room: by their number, or by their bytes to the last of them.
+        for (asides_max, asides_bytes_max) in [(2, usize::MAX), (10, 2 * held)] {
+            let bounds = Bounds { asides_max, asides_bytes_max, ..Bounds::default() };
+            let wills = Wills::default();
+            let is_due = |client: &str| wills.delay(client, now, records(1_000), &bounds, || true).is_some();
+            assert_eq!(["client-1", "client-2", "client-3"].map(is_due), [false, false, true]);
+            wills.void("client-1");
+            assert_eq!(
+                ["client-3", "client-1"].map(is_due),
+                [false, true],
+                "who came back made room for one"
+            );
+            assert_eq!(wills.take_due(None).len(), 2);
+            assert_eq!(wills.0.lock().bytes, 0);
+        }
+    }
+}

@@ -143,7 +143,7 @@ impl Worker {
         for delivery in batch.drain(..) {
             let token = Token::unpack(delivery.token);
             if token.slot == asides::SLOT {
-                self.asides.borrow_mut().settle(token.sequence, delivery.fate == Fate::Delivered);
+                self.asides.borrow_mut().settle(token.sequence, delivery.fate);
                 continue;
             }
             let mut slots = self.slots.borrow_mut();

@@ -107,10 +107,12 @@ fn a_connection_whose_password_is_still_checked_is_closed_at_its_deadline() {
         raw.send(&connect(4, "c", 0xc2, 0, &credentials(user, "secret")));
         raw
     };
+    let before = Before::disconnects("connect_deadline");
     let crowd: Vec<Raw> = (0..20).map(|_| join("slow")).collect();
     for mut raw in crowd {
         raw.expect_end();
     }
+    before.grew_by(20);
     // Those whose turn had not come cost nothing, so another user is soon admitted.
     until("the other user to be admitted", || join("u").read().is_some_and(|connack| connack[3] == 0));
 }
@@ -189,9 +191,11 @@ fn an_empty_client_id_is_assigned_one_on_mqtt_5_and_versions_are_checked() {
 #[test]
 fn more_connections_than_the_bound_are_closed_as_they_come() {
     let rig = Rig::with(|l| l.bounds.connections_max = 2);
+    let before = Before::connects("connections_max");
     let mut first = rig.client(4, "a");
     let second = rig.client(4, "b");
     rig.raw().expect_end();
+    before.grew_by(1);
     drop(second);
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {
@@ -209,6 +213,7 @@ fn more_connections_than_the_bound_are_closed_as_they_come() {
 fn subscriptions_of_a_session_are_bounded() {
     for (level, refused) in [(4, 0x80), (5, 0x97)] {
         let rig = Rig::start();
+        let before = Before::refused("subscription");
         let mut client = rig.client(level, "s/gateway");
         let subscribe = |names: std::ops::Range<usize>| {
             let mut body = vec![0, 7];
@@ -224,5 +229,6 @@ fn subscriptions_of_a_session_are_bounded() {
         client.send(&subscribe(63..65));
         let suback = client.read().expect("a SUBACK");
         assert_eq!(suback[suback.len() - 2..], [1, refused], "one that is there already is granted again");
+        before.grew_by(2);
     }
 }

@@ -95,10 +95,12 @@ fn what_all_connections_hold_is_bounded_and_nothing_of_it_is_lost() {
 #[test]
 fn part_of_a_packet_does_not_take_the_room_of_all() {
     let rig = Rig::with(|l| l.bounds.held_bytes_max = 10_000);
+    let before = Before::disconnects("held_bytes");
     let mut slow = with_will(&rig, "site-1/slow");
     slow.send(&packet(0x30, &[0; 100_000])[..20_000]);
     slow.expect(&[0xe0, 2, 0x97, 0]);
     slow.expect_end();
+    before.grew_by(1);
     let mut other = rig.client(4, "site-1/pump-7");
     other.send(&publish(4, TOPIC, 1, &reading(1)));
     other.expect_puback(1);
@@ -131,6 +133,7 @@ fn who_takes_no_bytes_is_closed_where_all_wait_for_its_room() {
         // Half a ping has room, two whole ones have none.
         l.bounds.held_bytes_max = 4;
     });
+    let before = Before::disconnects("out_bytes");
     let mut other = rig.client(4, "site-1/pump-7");
     let clogs = with_will(&rig, "site-1/clogs");
     let mut sender = clogs.0.try_clone().expect("clones");
@@ -143,25 +146,43 @@ fn who_takes_no_bytes_is_closed_where_all_wait_for_its_room() {
     other.send(&publish(4, TOPIC, 1, &reading(1)));
     other.expect_puback(1);
     sends.join().expect("its connection ends");
+    before.grew_by(1);
 }
 
 #[test]
 fn a_packet_above_the_bound_closes_its_connection() {
     for level in [4, 5] {
         let rig = Rig::with(|l| l.bounds.packet_bytes_max = 1_000);
+        let before = Before::refused("packet_too_large");
         let mut client = rig.client(level, "site-1/pump-7");
         client.send(&publish(level, TOPIC, 1, &[b'x'; 1_000]));
         if level == 5 {
             client.expect(&[0xe0, 2, 0x95, 0]);
         }
         client.expect_end();
+        before.grew_by(1);
         assert!(rig.memory.of(DEVICE_TELEMETRY_V1).is_empty());
     }
 }
 
 #[test]
+fn mqtt_5_is_told_the_bounds_of_publishes_and_packets() {
+    let rig = Rig::with(|l| {
+        l.bounds.open_publishes_max = 300;
+        l.bounds.packet_bytes_max = 70_000;
+    });
+    let mut raw = rig.raw();
+    raw.send(&connect(5, "site-1/pump-7", 2, 0, &[]));
+    let connack = raw.read().expect("a CONNACK");
+    let tells = |property: &[u8]| connack.windows(property.len()).any(|window| window == property);
+    assert!(tells(&[0x21, 0x01, 0x2c]), "Receive Maximum: {connack:x?}");
+    assert!(tells(&[0x27, 0x00, 0x01, 0x11, 0x70]), "Maximum Packet Size: {connack:x?}");
+}
+
+#[test]
 fn a_client_id_that_is_too_long_is_refused() {
     let rig = Rig::start();
+    let before = Before::connects("client_id_too_long");
     for (level, code) in [(4, 2), (5, 0x85)] {
         let mut raw = rig.raw();
         raw.send(&connect(level, &"x".repeat(1_025), 2, 0, &[]));
@@ -169,6 +190,7 @@ fn a_client_id_that_is_too_long_is_refused() {
         raw.expect_end();
         rig.client(level, &"x".repeat(1_024)).ping();
     }
+    before.grew_by(2);
 }
 
 #[test]
@@ -182,9 +204,11 @@ fn wills_of_all_connections_are_bounded_in_bytes() {
         let (_, code) = raw.connack(level);
         (raw, code)
     };
+    let before = Before::connects("wills_bytes_max");
     let (first, code) = connects(5, "site-1/first");
     assert_eq!(code, 0);
     assert_eq!((connects(4, "site-1/second").1, connects(5, "site-1/second").1), (3, 0x97));
+    before.grew_by(2);
     rig.client(4, "site-1/without").ping();
     drop(first);
     until("room", || connects(4, "site-1/second").1 == 0);
@@ -192,14 +216,18 @@ fn wills_of_all_connections_are_bounded_in_bytes() {
 
 #[test]
 fn session_events_beyond_their_bound_are_lost_and_counted() {
-    let rig = Rig::with(|l| l.bounds.asides_max = 1);
     let lost = || counter(Metric::MqttSessionEventsLostTotal, &[]).value();
-    let before = lost();
-    rig.memory.hold();
-    let mut clients: Vec<Raw> = (0..3).map(|n| rig.client(4, &format!("site-1/pump-{n}"))).collect();
-    clients.iter_mut().for_each(Raw::ping);
-    assert_eq!(rig.memory.of(DEVICE_SESSION_V1).len(), 1);
-    assert!(lost() >= before + 2, "{} and {before}", lost());
+    // Of three events one has room: as one of a number, or by its bytes, of which each takes 200 to 300.
+    for (asides_max, asides_bytes_max) in [(1, 1 << 20), (10_000, 400)] {
+        let rig =
+            Rig::with(|l| (l.bounds.asides_max, l.bounds.asides_bytes_max) = (asides_max, asides_bytes_max));
+        let before = lost();
+        rig.memory.hold();
+        let mut clients: Vec<Raw> = (0..3).map(|n| rig.client(4, &format!("site-1/pump-{n}"))).collect();
+        clients.iter_mut().for_each(Raw::ping);
+        assert_eq!(rig.memory.of(DEVICE_SESSION_V1).len(), 1, "{asides_bytes_max}");
+        assert!(lost() >= before + 2, "{} and {before}", lost());
+    }
 }
 
 #[test]

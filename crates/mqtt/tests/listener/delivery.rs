@@ -33,6 +33,7 @@ fn a_puback_follows_kafkas_acknowledgement_in_order() {
 fn a_failed_delivery_closes_the_connection_and_holds_every_later_puback() {
     for level in [4, 5] {
         let rig = Rig::start();
+        let before = Before::disconnects("delivery_failed");
         rig.memory.hold();
         let mut client = rig.client(level, "site-1/pump-7");
         for n in 1..=3 {
@@ -47,6 +48,7 @@ fn a_failed_delivery_closes_the_connection_and_holds_every_later_puback() {
             client.expect(&[0xe0, 2, 0x89, 0]);
         }
         client.expect_end();
+        before.grew_by(1);
         // The client comes back and sends again; nothing of the old connection is acknowledged to it.
         rig.memory.flow();
         let mut again = rig.client(level, "site-1/pump-7");
@@ -94,7 +96,9 @@ fn a_full_producer_queue_pauses_reading_and_loses_nothing() {
     rig.memory.wait_for(DEVICE_TELEMETRY_V1, 2);
     until("the pause", || note(&rig, "connections_paused") == 3.0);
     assert_eq!(rig.memory.of(DEVICE_TELEMETRY_V1).len(), 2, "with three session events it is full");
+    until("the role to be not ready", || rig.health.unready().concat().contains("queue is full"));
     rig.memory.flow();
+    until("the role to be ready", || rig.health.unready().is_empty());
     for client in &mut clients {
         for id in 1..=6 {
             client.expect_puback(id);

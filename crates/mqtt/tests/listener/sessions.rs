@@ -1,10 +1,12 @@
 //! Sessions, wills, deadlines and the end of an instance.
 
 use super::TELEMETRY_DLT;
+use super::bounds::note;
 use super::support::*;
 use std::io::Write as _;
 use std::time::Duration;
 use throughline_model::topics::{DEVICE_SESSION_V1, DEVICE_TELEMETRY_V1};
+use throughline_runtime::ports::Fate;
 
 #[test]
 fn a_keep_alive_that_ran_out_closes_but_not_while_reading_is_paused() {
@@ -32,6 +34,7 @@ fn a_keep_alive_that_ran_out_closes_but_not_while_reading_is_paused() {
 #[test]
 fn a_connection_that_says_nothing_is_closed_at_its_deadline() {
     let rig = Rig::with(|l| l.bounds.connect_deadline_ms = 300);
+    let before = Before::disconnects("connect_deadline");
     rig.raw().expect_end();
     let mut half = rig.raw();
     half.send(&[0x10]);
@@ -40,6 +43,7 @@ fn a_connection_that_says_nothing_is_closed_at_its_deadline() {
     let mut second = rig.raw();
     second.expect_end();
     lives.ping();
+    before.grew_by(3);
 }
 
 #[test]
@@ -135,6 +139,30 @@ fn session_events_wait_for_their_topic_and_hold_up_nothing_else() {
 }
 
 #[test]
+fn session_events_outlast_an_outage_that_is_longer_than_every_time_out() {
+    let rig = Rig::start();
+    rig.memory.hold();
+    let will = [text(TOPIC.as_bytes()), text(&reading(99))].concat();
+    let mut dies = rig.raw();
+    dies.send(&connect(4, "site-1/pump-7", 6, 0, &will));
+    assert_eq!(dies.connack(4).1, 0);
+    drop(dies);
+    // `connected`, `disconnected` and `will`, sent again after each time-out of the producer.
+    for attempt in 1..=6 {
+        rig.memory.wait_for(DEVICE_SESSION_V1, 3 * attempt);
+        rig.memory.wait_for(DEVICE_TELEMETRY_V1, attempt);
+        rig.memory.answer_all(DEVICE_SESSION_V1, Fate::Failed);
+        rig.memory.answer_all(DEVICE_TELEMETRY_V1, Fate::Failed);
+    }
+    rig.memory.flow();
+    let events: Vec<String> = rig.sessions(21).into_iter().skip(18).map(|event| event.event).collect();
+    assert_eq!(events, ["connected", "disconnected", "will"]);
+    let sent = rig.memory.wait_for(DEVICE_TELEMETRY_V1, 7);
+    assert_eq!(rig.message(&sent[6]).seq, Some(99), "what the will said");
+    until("nothing to wait", || note(&rig, "session_events_waiting") == 0.0);
+}
+
+#[test]
 fn a_drained_listener_acknowledges_what_kafka_has_and_says_good_bye() {
     let mut rig = Rig::start();
     rig.memory.hold();
@@ -161,6 +189,23 @@ fn a_drained_listener_acknowledges_what_kafka_has_and_says_good_bye() {
     let rig = drained.join().expect("drains");
     let causes: Vec<Option<String>> = rig.sessions(2).into_iter().map(|e| e.cause).collect();
     assert_eq!(causes, [None, Some("shutdown".to_owned())]);
+}
+
+#[test]
+fn a_drain_that_kafka_does_not_answer_ends_at_its_deadline_and_acknowledges_nothing() {
+    let mut rig = Rig::start();
+    rig.memory.hold();
+    let mut client = rig.client(5, "site-1/pump-7");
+    client.send(&publish(5, TOPIC, 1, &reading(1)));
+    rig.memory.wait_for(DEVICE_TELEMETRY_V1, 1);
+    let drained = std::thread::spawn(move || {
+        rig.bridge.drain(Duration::from_millis(300));
+        rig
+    });
+    client.expect(&[0xe0, 2, 0x8b, 0]);
+    client.expect_end();
+    drop(client);
+    drained.join().expect("drains");
 }
 
 #[test]

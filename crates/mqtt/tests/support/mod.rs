@@ -17,7 +17,7 @@ use throughline_mqtt::{
     Bridge, BridgeConfig, ExternalConfig, Inboxes, ListenerConfig, Router, RunningBridge,
 };
 use throughline_runtime::ports::{Fate, Ingress, NotTaken};
-use throughline_telemetry::Health;
+use throughline_telemetry::{Counter, Health, Metric, counter};
 
 /// How long anything may take that is expected to happen.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -279,6 +279,35 @@ impl Rig {
     pub fn sessions(&self, count: usize) -> Vec<Session> {
         let sent = self.memory.wait_for(DEVICE_SESSION_V1, count);
         sent.iter().map(|s| self.codec.decode(Some(&s.value)).expect("a session")).collect()
+    }
+}
+
+/// A counter of the listener as it was. Other tests of the process may make it grow meanwhile, so it shows that
+/// something counts under this name and these labels, and not who.
+pub struct Before(String, Counter, u64);
+
+impl Before {
+    pub fn of(metric: Metric, label: &'static str, value: &str) -> Self {
+        let counter = counter(metric, &[("listener", "mqtt"), (label, value)]);
+        let count = counter.value();
+        Self(format!("{metric:?} with {label}={value} to grow"), counter, count)
+    }
+
+    pub fn connects(result: &str) -> Self {
+        Self::of(Metric::MqttConnectsTotal, "result", result)
+    }
+
+    pub fn disconnects(reason: &str) -> Self {
+        Self::of(Metric::MqttDisconnectsTotal, "reason", reason)
+    }
+
+    pub fn refused(reason: &str) -> Self {
+        Self::of(Metric::MqttRefusedTotal, "reason", reason)
+    }
+
+    /// Waits until it has grown by `n`: a client may see the answer before it is counted.
+    pub fn grew_by(&self, n: u64) {
+        until(&self.0, || self.1.value() >= self.2 + n);
     }
 }
 

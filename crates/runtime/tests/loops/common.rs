@@ -11,7 +11,7 @@ use throughline_model::record::{Headers, TopicPartition};
 use throughline_model::stage::{Decide, Effects, Input, Kind, StageSpec};
 use throughline_model::time::Timestamp;
 use throughline_runtime::{Clock, DecideLoop, DecidePorts, LoopConfig, Stopped};
-use throughline_telemetry::Health;
+use throughline_telemetry::{Health, Metric, counter, gauge};
 use throughline_testkit::{
     FakeClock, KILLED, MemoryCluster, MemorySchemas, MemorySource, MemoryTables, MemoryTransactions,
 };
@@ -156,17 +156,23 @@ pub struct World {
     pub schemas: MemorySchemas,
     pub config: LoopConfig,
     pub batch_max: usize,
+    pub stage: &'static str,
     pub inputs: Vec<&'static str>,
     pub tables: Vec<&'static str>,
 }
 
 impl World {
     pub fn new(inputs: &[&'static str], partitions: i32) -> Self {
+        Self::named(GROUP, inputs, partitions)
+    }
+
+    /// Makes one whose stage has a name of its own, which keeps its metrics apart from those of other tests.
+    pub fn named(stage: &'static str, inputs: &[&'static str], partitions: i32) -> Self {
         let clock = FakeClock::default();
         let cluster = MemoryCluster::new(clock.clone());
         for input in inputs {
             cluster.create_topic(input, partitions);
-            cluster.create_topic(&format!("{input}.{GROUP}-replay"), partitions);
+            cluster.create_topic(&format!("{input}.{stage}-replay"), partitions);
         }
         cluster.create_topic(OUTPUT, partitions);
         cluster.create_topic(CHANGELOG, partitions);
@@ -175,6 +181,7 @@ impl World {
             codec: throughline_testkit::codec(),
             config: LoopConfig::default(),
             batch_max: 10,
+            stage,
             inputs: inputs.to_vec(),
             tables: Vec::new(),
             clock,
@@ -183,7 +190,7 @@ impl World {
     }
 
     pub fn topics(&self) -> Vec<String> {
-        let replays = self.inputs.iter().map(|input| format!("{input}.{GROUP}-replay"));
+        let replays = self.inputs.iter().map(|input| format!("{input}.{}-replay", self.stage));
         self.inputs.iter().map(|input| (*input).to_owned()).chain(replays).collect()
     }
 
@@ -195,10 +202,10 @@ impl World {
     }
 
     pub fn start_with(&self, instance: &str, topics: &[&str]) -> (Loop, u64) {
-        let source = MemorySource::join(&self.cluster, GROUP, topics, self.batch_max);
+        let source = MemorySource::join(&self.cluster, self.stage, topics, self.batch_max);
         let member = source.member();
         let ports = DecidePorts {
-            transactions: MemoryTransactions::new(&self.cluster, instance, GROUP, &source),
+            transactions: MemoryTransactions::new(&self.cluster, instance, self.stage, &source),
             source,
             tables: MemoryTables::new(&self.cluster),
             schemas: self.schemas.clone(),
@@ -206,8 +213,9 @@ impl World {
             codec: Arc::clone(&self.codec),
             clock: Arc::new(self.clock.clone()),
         };
-        let stage = CountThings::new(&self.inputs, &self.tables);
-        (DecideLoop::new(stage, ports, self.config.clone(), Health::new().role(GROUP)), member)
+        let mut stage = CountThings::new(&self.inputs, &self.tables);
+        stage.spec.group = self.stage;
+        (DecideLoop::new(stage, ports, self.config.clone(), Health::new().role(self.stage)), member)
     }
 
     /// Appends `value` under `key` to the input, a while after the record before.
@@ -217,7 +225,7 @@ impl World {
     }
 
     pub fn is_done(&self) -> bool {
-        self.topics().iter().all(|topic| self.cluster.lag(GROUP, topic) <= 0)
+        self.topics().iter().all(|topic| self.cluster.lag(self.stage, topic) <= 0)
     }
 
     /// Turns until everything appended is committed.
@@ -249,7 +257,7 @@ impl World {
         for topic in self.topics() {
             for partition in 0..8 {
                 let at = TopicPartition::new(topic.as_str(), partition);
-                let Some((_, metadata)) = self.cluster.committed(GROUP, &at) else { continue };
+                let Some((_, metadata)) = self.cluster.committed(self.stage, &at) else { continue };
                 let books = throughline_model::books::Books::from_metadata(&metadata).unwrap();
                 for (sum, n) in sum.iter_mut().zip(books.counts) {
                     *sum += n;
@@ -258,6 +266,26 @@ impl World {
         }
         sum
     }
+}
+
+/// Returns what the metric `dependency_up` says of a role.
+pub fn is_up(role: &str, dependency: &str) -> bool {
+    gauge(Metric::DependencyUp, &[("role", role), ("dependency", dependency)]).value() == 1.0
+}
+
+/// Returns what the metric `partitions_paused` says of a stage.
+pub fn paused(stage: &str) -> f64 {
+    gauge(Metric::PartitionsPaused, &[("stage", stage)]).value()
+}
+
+/// Returns how often a stage tried a dependency again.
+pub fn retries(stage: &str, dependency: &str) -> u64 {
+    counter(Metric::RetriesTotal, &[("stage", stage), ("dependency", dependency)]).value()
+}
+
+/// Returns how often a stage began again at its committed positions.
+pub fn recoveries(stage: &str, reason: &str) -> u64 {
+    counter(Metric::RecoveriesTotal, &[("stage", stage), ("reason", reason)]).value()
 }
 
 pub fn is_kill(stopped: &Stopped) -> bool {

@@ -1,6 +1,9 @@
 //! What the loop of decide stages does, one behaviour a test, in virtual time.
 
-use crate::common::{CHANGELOG, DLT, GROUP, INPUT, Loop, OUTPUT, REPLAY, SECOND, TABLE, World};
+use crate::common::{
+    CHANGELOG, DLT, GROUP, INPUT, Loop, OUTPUT, REPLAY, SECOND, TABLE, World, is_up, paused, recoveries,
+    retries,
+};
 use std::time::Duration;
 use throughline_model::books::Books;
 use throughline_model::outcome::Outcome;
@@ -8,7 +11,7 @@ use throughline_model::record::{Outbox, TopicPartition};
 use throughline_model::topics::DEVICE_TELEMETRY_V1;
 use throughline_runtime::ports::{PipelineEvent, Transactions};
 use throughline_runtime::{Clock, codes};
-use throughline_telemetry::{Metric, counter};
+use throughline_telemetry::{Metric, counter, gauge};
 use throughline_testkit::{
     Fault, MemorySource, MemoryTransactions, Point, device_message, measurement, schema_of,
 };
@@ -128,7 +131,8 @@ fn no_record_fires_a_timer_that_another_input_of_the_task_may_still_put_off() {
 
 #[test]
 fn state_is_restored_before_any_input() {
-    let world = World::new(&[INPUT], 1);
+    let world = World::named("restores", &[INPUT], 1);
+    world.say("b", "arm:3600");
     world.say("a", "add:1");
     world.say("a", "add:2");
     let (mut running, _) = world.start("i");
@@ -140,8 +144,11 @@ fn state_is_restored_before_any_input() {
     world.cluster.faults().script(Point::Restore, 1, Fault::Dependency);
     let (mut successor, _) = world.start("i");
     world.settle(&mut successor);
-    assert_eq!(world.output(), ["a 1 1 @0", "a 2 3 @1", "a 3 6 @2"]);
+    assert_eq!(world.output(), ["a 1 1 @1", "a 2 3 @2", "a 3 6 @3"]);
     assert_eq!(world.cluster.faults().passed(Point::Restore), 4);
+    // The gauge is renewed once a second.
+    world.pass(&mut successor, Duration::from_secs(2));
+    assert_eq!(gauge(Metric::StateKeys, &[("stage", world.stage)]).value(), 2.0);
 }
 
 #[test]
@@ -318,7 +325,7 @@ fn framed(world: &World, id: u32, seq: i64) -> Vec<u8> {
 
 #[test]
 fn a_registry_that_is_away_holds_back_its_partition_only_and_dead_letters_nothing() {
-    let world = World::new(&[INPUT, SECOND], 1);
+    let world = World::named("waits_for_registry", &[INPUT, SECOND], 1);
     world.schemas.register(9_001, schema_of(DEVICE_TELEMETRY_V1));
     world.cluster.faults().set_up(Point::Schema, false);
     world.cluster.append(INPUT, 0, Some(b"a"), Some(&framed(&world, 9_001, 1)), []);
@@ -327,11 +334,14 @@ fn a_registry_that_is_away_holds_back_its_partition_only_and_dead_letters_nothin
     let (mut running, _) = world.start("i");
     world.pass(&mut running, Duration::from_secs(120));
     assert_eq!(world.output(), ["b 1 1 @0"], "the other input goes on");
-    assert_eq!(world.cluster.records(DLT).len(), 0);
+    assert_eq!(world.counts()[Outcome::DeadLettered.index()], 0);
     let asked = world.cluster.faults().passed(Point::Schema);
     assert!((10..40).contains(&asked), "asked {asked} times in two minutes, with back-off");
+    assert_eq!(retries(world.stage, "registry"), asked as u64);
+    assert_eq!((is_up(world.stage, "registry"), paused(world.stage)), (false, 1.0));
     world.cluster.faults().set_up(Point::Schema, true);
     world.pass(&mut running, Duration::from_secs(12));
+    assert_eq!((is_up(world.stage, "registry"), paused(world.stage)), (true, 0.0));
     assert_eq!(world.output(), ["b 1 1 @0", "message 1", "a 1 1 @1"], "in order");
     world.cluster.append(INPUT, 0, Some(b"a"), Some(b"add:2"), []);
     world.settle(&mut running);
@@ -457,21 +467,24 @@ fn a_changelog_that_is_not_ours_stops_the_stage() {
 
 #[test]
 fn commits_that_keep_failing_are_retried_with_bounded_back_off() {
-    let world = World::new(&[INPUT], 1);
+    let world = World::named("cannot_commit", &[INPUT], 1);
     world.say("a", "add:1");
     world.cluster.faults().set_up(Point::CommitBefore, false);
     let (mut running, _) = world.start("i");
     world.pass(&mut running, Duration::from_secs(300));
     let resets = world.cluster.faults().passed(Point::Reset);
     assert!((25..60).contains(&resets), "{resets} resets in five minutes");
+    assert_eq!(recoveries(world.stage, "dependency"), resets as u64);
+    assert!(retries(world.stage, "kafka") >= 25 && !is_up(world.stage, "kafka"));
     world.cluster.faults().set_up(Point::CommitBefore, true);
     world.pass(&mut running, Duration::from_secs(15));
     assert_eq!(world.output(), ["a 1 1 @0"]);
+    assert!(is_up(world.stage, "kafka"));
 }
 
 #[test]
 fn a_table_is_not_read_on_while_it_waits_for_a_schema() {
-    let mut world = World::new(&[INPUT], 1);
+    let mut world = World::named("waits_with_its_table", &[INPUT], 1);
     world.tables = vec![TABLE];
     world.schemas.register(9_001, schema_of(DEVICE_TELEMETRY_V1));
     world.cluster.faults().set_up(Point::Schema, false);
@@ -481,10 +494,12 @@ fn a_table_is_not_read_on_while_it_waits_for_a_schema() {
     let (mut running, _) = world.start("i");
     world.pass(&mut running, Duration::from_secs(120));
     assert_eq!(world.cluster.faults().passed(Point::Follow), 1, "nothing piles up behind what waits");
+    assert!(!is_up(world.stage, "registry") && retries(world.stage, "registry") > 0);
     world.cluster.append_keyed(TABLE, "factor", b"10");
     world.cluster.faults().set_up(Point::Schema, true);
     world.settle(&mut running);
     assert_eq!(world.output(), ["a 1 10 @0"], "all of it is in force before any input");
+    assert!(is_up(world.stage, "registry"));
 }
 
 #[test]
@@ -554,7 +569,7 @@ fn large_outputs_go_to_the_open_transaction_before_the_commit() {
 
 #[test]
 fn a_partition_that_cannot_be_restored_does_not_hold_up_the_others() {
-    let world = World::new(&[INPUT], 4);
+    let world = World::named("cannot_restore_one", &[INPUT], 4);
     for key in ["a", "b", "c", "d", "e", "f", "g", "h"] {
         world.say(key, "add:1");
     }
@@ -573,10 +588,40 @@ fn a_partition_that_cannot_be_restored_does_not_hold_up_the_others() {
     let at = |partition| TopicPartition::new(INPUT, partition);
     let done = |partition| {
         let end = world.cluster.records(INPUT).iter().filter(|r| r.partition == partition).count() as i64;
-        world.cluster.committed(GROUP, &at(partition)).map_or(0, |(next, _)| next) == end
+        world.cluster.committed(world.stage, &at(partition)).map_or(0, |(next, _)| next) == end
     };
     assert_eq!([0, 1, 2, 3].map(done), [true, false, true, true]);
+    assert!(!is_up(world.stage, "kafka") && retries(world.stage, "kafka") > 0);
 
     hung.reset().unwrap();
     world.settle(&mut running);
+    assert!(is_up(world.stage, "kafka"));
+}
+
+#[test]
+fn a_transaction_that_was_open_too_long_is_begun_again_and_takes_effect_once() {
+    let mut world = World::named("commits_too_late", &[INPUT], 1);
+    world.config.bytes_max = 500;
+    for key in 0..100 {
+        world.cluster.append_keyed(INPUT, &format!("k{key:02}"), b"arm:10");
+    }
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    drop(running);
+    // What the timers write passes the bound and goes to the transaction, which nothing commits.
+    world.config.commit_interval = Some(Duration::from_secs(3_600));
+    world.config.records_max = 3;
+    world.clock.advance(Duration::from_secs(60));
+    let (mut running, _) = world.start("i");
+    world.pass(&mut running, Duration::from_secs(12));
+    assert!(world.cluster.faults().passed(Point::Produce) > 5, "they have fired");
+    assert_eq!((world.output().len(), recoveries(world.stage, "fenced")), (0, 0));
+    // The cluster has ended it after 10 s, which shows when these bring the commit.
+    for _ in 0..3 {
+        world.say("a", "add:1");
+    }
+    world.settle(&mut running);
+    let fired = world.output().iter().filter(|text| text.contains("fired")).count();
+    assert_eq!((fired, world.output().len()), (100, 103), "each once");
+    assert_eq!(recoveries(world.stage, "fenced"), 1);
 }

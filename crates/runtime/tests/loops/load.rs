@@ -1,12 +1,13 @@
 //! What the loop of load stages does, one behaviour a test, in virtual time.
 
-use crate::common::{Random, drive_until, stops};
+use crate::common::{Random, drive_until, is_up, paused, retries, stops};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::outcome::{Outcome, Settled};
-use throughline_model::record::TopicPartition;
+use throughline_model::record::{Batch, TopicPartition};
 use throughline_model::rows::{ReadingRow, Rows};
 use throughline_model::stage::{Input, Kind, Load, StageSpec};
+use throughline_model::time::Timestamp;
 use throughline_runtime::{Clock, LoadLoop, LoadPorts, LoopConfig, Shutdown, codes, run_load};
 use throughline_telemetry::Health;
 use throughline_testkit::{
@@ -15,7 +16,6 @@ use throughline_testkit::{
 
 const GROUP: &str = "load_things";
 const INPUT: &str = "device.thing.v1";
-const REPLAY: &str = "device.thing.v1.load_things-replay";
 const DLT: &str = "device.thing.v1.load_things-dlt";
 const PARTITIONS: i32 = 2;
 
@@ -57,6 +57,10 @@ impl Load for LoadThings {
     }
 }
 
+fn replay(stage: &str) -> String {
+    format!("{INPUT}.{stage}-replay")
+}
+
 type Loop = LoadLoop<LoadThings, MemorySource, MemoryStore, MemoryOutlet, MemorySchemas>;
 
 struct World {
@@ -65,16 +69,22 @@ struct World {
     store: MemoryStore,
     config: LoopConfig,
     batch_max: usize,
+    stage: &'static str,
 }
 
 impl World {
     fn new() -> Self {
+        Self::named(GROUP)
+    }
+
+    /// Makes one whose stage has a name of its own, which keeps its metrics apart from those of other tests.
+    fn named(stage: &'static str) -> Self {
         let clock = FakeClock::default();
         let cluster = MemoryCluster::new(clock.clone());
         cluster.create_topic(INPUT, PARTITIONS);
-        cluster.create_topic(REPLAY, PARTITIONS);
+        cluster.create_topic(&replay(stage), PARTITIONS);
         let store = MemoryStore::new(cluster.faults());
-        Self { clock, cluster, store, config: LoopConfig::default(), batch_max: 10 }
+        Self { clock, cluster, store, config: LoopConfig::default(), batch_max: 10, stage }
     }
 
     fn say(&self, partition: i32, value: &str) {
@@ -83,11 +93,14 @@ impl World {
 
     fn start(&self) -> (Loop, u64) {
         let (ports, member) = self.ports();
-        (LoadLoop::new(LoadThings::new(), ports, self.config.clone(), Health::new().role(GROUP)), member)
+        let mut stage = LoadThings::new();
+        stage.0.group = self.stage;
+        (LoadLoop::new(stage, ports, self.config.clone(), Health::new().role(self.stage)), member)
     }
 
     fn ports(&self) -> (LoadPorts<MemorySource, MemoryStore, MemoryOutlet, MemorySchemas>, u64) {
-        let source = MemorySource::join(&self.cluster, GROUP, &[INPUT, REPLAY], self.batch_max);
+        let topics = [INPUT, &replay(self.stage)];
+        let source = MemorySource::join(&self.cluster, self.stage, &topics, self.batch_max);
         let member = source.member();
         let ports = LoadPorts {
             source,
@@ -102,7 +115,7 @@ impl World {
     }
 
     fn position(&self, partition: i32) -> i64 {
-        self.store.position(GROUP, &TopicPartition::new(INPUT, partition)).map_or(0, |(next, _)| next)
+        self.store.position(self.stage, &TopicPartition::new(INPUT, partition)).map_or(0, |(next, _)| next)
     }
 
     fn is_done(&self) -> bool {
@@ -136,9 +149,10 @@ impl World {
 
     fn counts(&self) -> [u64; 6] {
         let mut sum = [0; 6];
-        for topic in [INPUT, REPLAY] {
+        for topic in [INPUT, &replay(self.stage)] {
             for partition in 0..PARTITIONS {
-                let Some((_, books)) = self.store.position(GROUP, &TopicPartition::new(topic, partition))
+                let Some((_, books)) =
+                    self.store.position(self.stage, &TopicPartition::new(topic, partition))
                 else {
                     continue;
                 };
@@ -265,7 +279,7 @@ fn a_refused_write_is_halved_to_the_record_and_the_rest_is_written() {
 
 #[test]
 fn a_database_that_is_away_pauses_and_dead_letters_nothing() {
-    let world = World::new();
+    let world = World::named("waits_for_database");
     for number in 0..100 {
         world.say(0, &number.to_string());
     }
@@ -274,9 +288,13 @@ fn a_database_that_is_away_pauses_and_dead_letters_nothing() {
     world.pass(&mut running, Duration::from_secs(120));
     let attempts = world.cluster.faults().passed(Point::StoreBefore);
     assert!((10..40).contains(&attempts), "{attempts} attempts in two minutes, with back-off");
+    assert_eq!(retries(world.stage, "database"), attempts as u64);
+    // Both partitions of both topics wait, the empty ones too.
+    assert_eq!((is_up(world.stage, "database"), paused(world.stage)), (false, 4.0));
     world.cluster.faults().set_up(Point::StoreBefore, true);
     world.pass(&mut running, Duration::from_secs(12));
     assert_eq!((world.names().len(), world.letters().len()), (150, 0));
+    assert_eq!((is_up(world.stage, "database"), paused(world.stage)), (true, 0.0));
     world.say(1, "1");
     world.settle(&mut running);
     assert_eq!(world.names().len(), 151, "the partitions are resumed");
@@ -284,20 +302,26 @@ fn a_database_that_is_away_pauses_and_dead_letters_nothing() {
 
 #[test]
 fn gathered_rows_are_written_at_their_bound() {
-    let mut world = World::new();
-    world.config.commit_interval = Some(Duration::from_secs(3_600));
-    world.config.records_max = 25;
-    for _ in 0..100 {
-        world.say(0, "1");
+    let source = TopicPartition::new(INPUT, 0);
+    let mut batch = Batch::new(source);
+    (0..10).for_each(|offset| batch.push(offset, Timestamp(0), Some(b"k"), Some(b"1"), []));
+    // By batches of 10, each write is at the first that passes 25 rows, or 2.5 batches in bytes.
+    for (records_max, bytes_max) in [(25, usize::MAX), (usize::MAX, batch.bytes_held() * 5 / 2)] {
+        let mut world = World::new();
+        world.config.commit_interval = Some(Duration::from_secs(3_600));
+        (world.config.records_max, world.config.bytes_max) = (records_max, bytes_max);
+        for _ in 0..100 {
+            world.say(0, "1");
+        }
+        let (mut running, _) = world.start();
+        let mut written = Vec::new();
+        for _ in 0..40 {
+            running.turn().unwrap();
+            written.push(world.names().len());
+        }
+        written.dedup();
+        assert_eq!(written, [0, 30, 60, 90], "{records_max} rows, {bytes_max} bytes");
     }
-    let (mut running, _) = world.start();
-    let mut written = Vec::new();
-    for _ in 0..40 {
-        running.turn().unwrap();
-        written.push(world.names().len());
-    }
-    written.dedup();
-    assert_eq!(written, [0, 30, 60, 90], "by batches of 10, each write at the first that passes 25");
 }
 
 #[test]
@@ -306,7 +330,7 @@ fn partitions_that_come_while_the_store_takes_no_rows_are_not_read() {
     let (ports, _) = world.ports();
     let health = Health::new();
     let mut running = LoadLoop::new(LoadThings::new(), ports, world.config.clone(), health.role(GROUP));
-    let other = MemorySource::join(&world.cluster, GROUP, &[INPUT, REPLAY], world.batch_max);
+    let other = MemorySource::join(&world.cluster, GROUP, &[INPUT, &replay(GROUP)], world.batch_max);
     world.say(0, "1");
     world.settle(&mut running);
     // As a full disk does it: positions are told, rows are not taken.

@@ -44,6 +44,10 @@ fn message(seconds: i64, seq: i64, values: &[(&str, f64)]) -> DeviceMessage {
     }
 }
 
+fn text(name: &str, text: &str) -> Measurement {
+    Measurement { name: name.to_owned(), text: Some(text.to_owned()), ..Measurement::default() }
+}
+
 /// The stage with its state, and what came out of it.
 struct Bench {
     codec: Arc<Codec>,
@@ -653,4 +657,34 @@ fn what_is_kept_of_a_message_fits_into_a_record_whatever_the_device_writes() {
     versions.agent_version = Some("v".repeat(1_025));
     let settled = bench.send(1, &versions);
     assert_eq!((settled.outcome, &*settled.reason), (Outcome::DeadLettered, "text_too_long"));
+}
+
+#[test]
+fn an_alert_repeats_the_beginning_of_a_text_and_so_many_flags() {
+    let mut bench =
+        Bench::new(&["id = 'mode'\nsummary = 'S.'\nseverity = 'info'\nwhen = 'mode != \"auto\"'\n"]);
+    let mut long = message(0, 1, &[]);
+    // The bound lies within a letter of two bytes, which is left out.
+    long.measurements = vec![text("mode", &format!("x{}", "ä".repeat(600)))];
+    long.flags = (0..17).map(|number| format!("f{number}")).collect();
+    bench.send(0, &long);
+    let alerts = bench.effects.outbox();
+    assert_eq!(alerts.len(), 1);
+    let alert: Alert = bench.codec.decode(alerts.get(0).value).expect("fits");
+    assert_eq!(alert.values[0].text, Some(format!("x{}", "ä".repeat(511))), "1,023 bytes");
+    assert_eq!(alert.flags, long.flags[..16]);
+}
+
+#[test]
+fn a_text_beyond_the_bound_is_no_value_before() {
+    for (bytes, compares) in [(1_024, true), (1_025, false)] {
+        let mut bench =
+            Bench::new(&["id = 'mode'\nsummary = 'S.'\nseverity = 'info'\nwhen = 'mode != previous.mode'\n"]);
+        for (second, value) in [(0, "x".repeat(bytes)), (1, "auto".to_owned())] {
+            let mut message = message(second, second + 1, &[]);
+            message.measurements = vec![text("mode", &value)];
+            bench.send(second, &message);
+        }
+        assert_eq!(bench.effects.outbox().len(), usize::from(compares), "{bytes}");
+    }
 }
