@@ -182,6 +182,17 @@ unsafe fn forget(question: *mut Question) {
     drop(unsafe { Box::from_raw(question) });
 }
 
+fn waiting_which(is: impl Fn(&Question) -> bool) -> Option<*mut Question> {
+    WAITING.with_borrow(|waiting| {
+        waiting.iter().copied().find(|question| {
+            #[expect(unsafe_code, reason = "reads what the wrap made")]
+            // SAFETY: a question in the list lives; it leaves the list before it is freed.
+            let question = unsafe { &**question };
+            is(question)
+        })
+    })
+}
+
 /// Stands for the request that a question over its time never had: of it, the answer's function reads when it
 /// was sent (0: never). It is larger than `rd_kafka_buf_t` (about 500 bytes).
 static NO_REQUEST: [u64; 1_024] = [0; 1_024];
@@ -191,12 +202,7 @@ static NO_REQUEST: [u64; 1_024] = [0; 1_024];
 #[unsafe(no_mangle)]
 unsafe extern "C" fn __wrap_rd_kafka_coord_cache_expire(cache: *mut c_void) {
     let now = Instant::now();
-    #[expect(unsafe_code, reason = "reads what the wrap made")]
-    // SAFETY: a question in the list lives.
-    let find = |is: fn(&Question, Instant) -> bool| {
-        WAITING.with_borrow(|waiting| waiting.iter().copied().find(|q| is(unsafe { &**q }, now)))
-    };
-    let kept_waiting = find(|question, now| question.since + PATIENCE <= now).is_some();
+    let kept_waiting = waiting_which(|question| question.since + PATIENCE <= now).is_some();
     // SAFETY: this is the caller's argument, and the thread that alone uses the cache.
     unsafe {
         if kept_waiting {
@@ -207,7 +213,7 @@ unsafe extern "C" fn __wrap_rd_kafka_coord_cache_expire(cache: *mut c_void) {
     }
     // One at a time: what the answer's function does may add a question.
     loop {
-        let over = find(|question, now| !question.over && question.end.is_some_and(|end| end <= now));
+        let over = waiting_which(|question| !question.over && question.end.is_some_and(|end| end <= now));
         let Some(question) = over else { return };
         // SAFETY: the question lives until librdkafka has called `answering`; this is its client's thread, and
         // the function takes a request that is only read, no broker and no answer with an error.

@@ -139,7 +139,7 @@ fn push_failure(
         fault.step.as_bytes(),
         class.as_bytes(),
         fault.code.as_bytes(),
-        fault.message[..fault.message.floor_char_boundary(MESSAGE_BYTES_MAX)].as_bytes(),
+        &fault.message.as_bytes()[..fault.message.floor_char_boundary(MESSAGE_BYTES_MAX)],
     ];
     let count = replays_of(record, fault.replayed).to_string();
     let counts_itself = record.headers.last(REPLAY_COUNT).is_some();
