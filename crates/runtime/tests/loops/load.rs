@@ -50,7 +50,8 @@ impl Load for LoadThings {
         };
         let copies = if number % 2.0 == 0.0 { 2 } else { 1 };
         for copy in 0..copies {
-            let name = format!("{}/{}@{}#{copy}", input.topic, input.partition, input.record.offset);
+            let way = if input.replayed { "replayed " } else { "" };
+            let name = format!("{way}{}/{}@{}#{copy}", input.topic, input.partition, input.record.offset);
             rows.readings.push(ReadingRow { name, number: Some(number), ..ReadingRow::default() });
         }
         Settled::emitted()
@@ -119,9 +120,13 @@ impl World {
     }
 
     fn is_done(&self) -> bool {
-        let records = self.cluster.records(INPUT);
-        let end = |p| records.iter().filter(|r| r.partition == p).map(|r| r.offset + 1).max().unwrap_or(0);
-        (0..PARTITIONS).all(|p| self.position(p) >= end(p))
+        let is_read = |topic: &str| {
+            let records = self.cluster.records(topic);
+            let end = |p| records.iter().filter(|r| r.partition == p).map(|r| r.offset + 1).max();
+            let position = |p| self.store.position(self.stage, &TopicPartition::new(topic, p));
+            (0..PARTITIONS).all(|p| end(p).is_none_or(|end| position(p).is_some_and(|(next, _)| next >= end)))
+        };
+        is_read(INPUT) && is_read(&replay(self.stage))
     }
 
     fn settle(&self, running: &mut Loop) {
@@ -174,6 +179,12 @@ impl World {
                 _ => number.to_string(),
             };
             self.say(random.below(2) as i32, &value);
+            if number % 7 == 0 {
+                // A letter that comes once more, for better or worse.
+                let headers: [(&str, &[u8]); 2] = [("tl-replay-id", b"r"), ("tl-replay-count", b"1")];
+                let topic = replay(self.stage);
+                self.cluster.append(&topic, 0, Some(b"k"), Some(value.as_bytes()), headers);
+            }
         }
         self.store.refuse(|row| row.number.is_some_and(|n| n >= 1_000_000.0));
     }
