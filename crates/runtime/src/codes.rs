@@ -93,9 +93,11 @@ pub const CODES: &[Code] = &[
         explanation: "The offset of a consumer group carries no books of ours, or books of an unknown \
                       version: kafka-consumer-groups, a console or another program moved it. Counting on \
                       from it would make the books lie about what was processed, so the stage stops.",
-        remedy: "`throughline groups adopt <group>` shows what accepting the position would do; with `--yes` \
-                 it accepts it and opens a new, named volume of the books. To reject it, put the offset \
-                 back with the tool that moved it, then adopt.",
+        remedy: "Stop the stage's members. `throughline groups adopt <group>` shows what accepting the \
+                 position would do; with `--yes` it accepts it and opens a new, named volume of the books. \
+                 Where it is higher than before, accepting skips what lies between: the position of before \
+                 is in the history of `kafka_consumergroup_group_offset`. To reject it, put the offset back \
+                 with the tool that moved it, then adopt.",
     },
     Code {
         id: "TL-REGISTRY-001",
@@ -126,8 +128,8 @@ pub const CODES: &[Code] = &[
         title: "a partition was offered of a topic that the stage does not read",
         explanation: "Another program uses the stage's consumer group with other topics, or the members \
                       run different versions.",
-        remedy: "`throughline groups show <group>` lists the members and what they subscribe to; stop the \
-                 one that does not belong.",
+        remedy: "`kafka-consumer-groups --describe --members --verbose --group <group>` lists the members and \
+                 what they have; stop the one that does not belong.",
     },
     Code {
         id: UNFORESEEN,

@@ -31,6 +31,9 @@ pub struct Adoption {
     /// Where to go on instead of where the offset stands
     #[arg(long, value_enum)]
     begin: Option<Begin>,
+    /// With `--begin`, move the offsets as well that nothing is wrong with
+    #[arg(long)]
+    all: bool,
     /// Do it; without it the command only shows what it would do
     #[arg(long)]
     yes: bool,
@@ -173,7 +176,7 @@ fn decide(
     let volume = format!("adopted-{}", Uuid::now_v7());
     let partitions: Vec<TopicPartition> = standing.iter().map(|s| s.partition.clone()).collect();
     let (earliest, latest) = (admin.earliest(&partitions)?, admin.latest(&partitions)?);
-    let mut adopted = Vec::new();
+    let (mut adopted, mut sound) = (Vec::new(), 0);
     for standing in standing {
         let (Some(first), Some(end)) = (earliest.get(&standing.partition), latest.get(&standing.partition))
         else {
@@ -181,7 +184,10 @@ fn decide(
             continue;
         };
         let begin = adoption.begin.map(|begin| begin_of(begin, adoption, &standing.partition.topic, spec));
-        let Some(to) = destination(begin, &standing, *first, *end)? else { continue };
+        let Some(to) = destination(begin, adoption.all, &standing, *first, *end)? else {
+            sound += usize::from(adoption.begin.is_some() && standing.next >= 0);
+            continue;
+        };
         if writes_twice(&standing, to, spec) {
             output::notice(&format!(
                 "{}: what of it failed only after the backup is read again from its input as well, and would be \
@@ -195,6 +201,9 @@ fn decide(
             found.advance.books.origin = Some(here.origin(&found.advance.partition.topic, changelog)?);
         }
         adopted.push(found);
+    }
+    if sound > 0 {
+        output::notice(&format!("{sound} offsets with which nothing is wrong stay; `--all` moves them too"));
     }
     Ok(adopted)
 }
@@ -243,6 +252,7 @@ fn adopt(standing: Standing, to: i64, first: i64, volume: &str) -> Adopted {
 /// Returns where an offset goes on, or `None` where it may stay as it is.
 fn destination(
     begin: Option<Begin>,
+    all: bool,
     standing: &Standing,
     first: i64,
     end: i64,
@@ -251,7 +261,10 @@ fn destination(
     let lies_within = (first..=end).contains(&next);
     // What retention deleted of it is counted by the stage.
     let fits = standing.is_of_here && (0..=end).contains(&next);
+    let is_sound = fits && standing.books.is_some() && !standing.fell_back();
     match begin {
+        // What has no defect is not to be written twice, or skipped, because its neighbour has one.
+        Some(Begin::Earliest | Begin::End) if is_sound && !all => Ok(None),
         Some(Begin::Earliest) => Ok(Some(first)),
         Some(Begin::End) => Ok(Some(end)),
         Some(Begin::Here) if lies_within => Ok(Some(next)),
@@ -259,7 +272,7 @@ fn destination(
         None | Some(Begin::Here) if next < 0 && standing.copy.is_none() => Ok(None),
         // So does a database that is new, or older than what was first read.
         None if next < 0 => Ok(Some(first)),
-        None if fits && standing.books.is_some() && !standing.fell_back() => Ok(None),
+        None if is_sound => Ok(None),
         None if fits && (lies_within || standing.books.is_some()) => Ok(Some(next)),
         None | Some(Begin::Here) => Err(CliError::usage(format!(
             "{} stands at {next}, which says nothing about the records from {first} to {end} that are there now: \
@@ -352,6 +365,10 @@ mod tests {
             (at(50, true, false), None, None),
             (at(150, true, true), Some(Begin::End), Some(Some(100))),
             (at(50, true, false), Some(Begin::Earliest), Some(Some(10))),
+            // Beside one that was lost.
+            (at(50, true, true), Some(Begin::Earliest), Some(None)),
+            (at(50, true, true), Some(Begin::End), Some(None)),
+            (copied(50, 60), Some(Begin::End), Some(Some(100))),
             // Its changelog is gone, say: the position is right, and somebody has to say so.
             (at(50, true, false), Some(Begin::Here), Some(Some(50))),
             (at(150, true, false), Some(Begin::Here), None),
@@ -367,9 +384,11 @@ mod tests {
             // A new one begins at the start.
             (copied(-1, 60), None, Some(Some(10))),
         ] {
-            let found = destination(begin, &standing, 10, 100);
+            let found = destination(begin, false, &standing, 10, 100);
             assert_eq!(found.ok(), expected, "{} {}", standing.next, standing.is_of_here);
         }
+        let all = destination(Some(Begin::Earliest), true, &at(50, true, true), 10, 100);
+        assert_eq!(all.ok(), Some(Some(10)), "a table is built anew");
     }
 
     #[test]
@@ -379,6 +398,7 @@ mod tests {
             group: "load_warehouse".to_owned(),
             topic: topic.map(str::to_owned),
             begin: Some(Begin::Earliest),
+            all: true,
             yes: false,
         };
         let replays = "data_core.reading.v1.load_warehouse-replay";

@@ -38,7 +38,12 @@ pub fn run(flags: &Flags, _args: &Args) -> Result<Exit, CliError> {
     let checks: [(&'static str, &'static str, Check); 7] = [
         ("Kafka answers", "start it, or name it with --kafka; `throughline up` brings its own", kafka),
         ("registry answers", "start it, or name it with --registry", registry),
-        ("topics and schemas are as the catalog says", "throughline topics apply", catalog),
+        (
+            "topics and schemas are as the catalog says",
+            "`throughline topics plan` shows what differs, `throughline topics apply` does it; where all schemas \
+             are missing, restore the registry first (docs/operations.md)",
+            catalog,
+        ),
         ("database answers", "start it, or name it with --database", database),
         ("bridge listens", "throughline run bridge", bridge),
         ("roles are healthy", "read the status; `throughline explain CODE` for a code", roles),
@@ -149,8 +154,19 @@ fn groups(context: &Context) -> Result<String, String> {
                 .map(|s| format!("{} on {} by {s:.0} s", lag.group, lag.partition))
         })
         .collect();
+    // Kafka drops the offsets of a topic that is deleted: whoever stopped over that shows no lag.
+    let has = |group: &str, topic: &str| {
+        snapshot.groups.iter().any(|lag| lag.group == group && *lag.partition.topic == *topic)
+    };
+    let inputs = ours.iter().flat_map(|spec| spec.inputs.iter().map(|input| (spec.group, *input)));
+    let without: Vec<String> =
+        inputs.filter(|(group, input)| !has(group, input)).map(|(g, input)| format!("{g}/{input}")).collect();
+    let without = match without.is_empty() {
+        true => String::new(),
+        false => format!("; no offsets in: {}", without.join(", ")),
+    };
     if behind.is_empty() {
-        Ok(format!("{} stages", ours.len()))
+        Ok(format!("{} stages{without}", ours.len()))
     } else {
         Err(format!("behind: {}", behind.join(", ")))
     }

@@ -35,7 +35,7 @@ pub fn run(flags: &Flags, args: &Args) -> Result<Exit, CliError> {
     };
     let rules = || RULES.iter().filter(|rule| kind.is_none_or(|kind| rule.kinds.contains(&kind)));
     // Only load stages have a database.
-    let classes = if kind == Some(Kind::Decide) { &[][..] } else { FAILURE_CLASSES };
+    let classes = if matches!(kind, Some(Kind::Decide | Kind::Act)) { &[][..] } else { FAILURE_CLASSES };
     if flags.json {
         let classes = classes.iter().map(
             |line| json!({"codes": line.codes.to_string(), "class": line.class.label(), "what": line.what}),

@@ -190,7 +190,8 @@ impl Selection {
         }
         if !read_all && !passed_place {
             return Err(CliError::unreachable(format!(
-                "`{topic}` was not read to its end within {READ_WITHIN:?}"
+                "`{topic}` was not read to its end within {READ_WITHIN:?}; narrow it with `--topic` and \
+                 `--at partition/first..end`"
             )));
         }
         Ok(ControlFlow::Continue(()))
