@@ -152,6 +152,22 @@ fn state_is_restored_before_any_input() {
 }
 
 #[test]
+fn a_message_as_long_as_a_record_is_cut_in_its_letter() {
+    let world = World::new(&[INPUT], 1);
+    // Each character has two bytes, so that the bound falls between two of them or into one.
+    let key = "é".repeat(350_000);
+    world.say(&key, "nonsense");
+    let (mut running, _) = world.start("i");
+    world.settle(&mut running);
+    let letters = world.cluster.records(DLT);
+    let [letter] = &letters[..] else { panic!("one letter: {}", letters.len()) };
+    assert_eq!(letter.key_text(), key, "the record itself is whole");
+    let message = letter.header("__connect.errors.exception.message").expect("it says why");
+    assert!((1_020..=1_024).contains(&message.len()), "{} bytes", message.len());
+    assert!(std::str::from_utf8(message).is_ok_and(|text| text.starts_with("`éé")));
+}
+
+#[test]
 fn a_task_begins_when_its_partition_of_every_input_is_owned() {
     let world = World::new(&[INPUT, SECOND], 1);
     world.say("a", "add:1");
