@@ -158,9 +158,14 @@ fn groups(context: &Context) -> Result<String, String> {
     let has = |group: &str, topic: &str| {
         snapshot.groups.iter().any(|lag| lag.group == group && *lag.partition.topic == *topic)
     };
-    let inputs = ours.iter().flat_map(|spec| spec.inputs.iter().map(|input| (spec.group, *input)));
-    let without: Vec<String> =
-        inputs.filter(|(group, input)| !has(group, input)).map(|(g, input)| format!("{g}/{input}")).collect();
+    let holds_records = |topic: &str| {
+        snapshot.partitions.iter().any(|held| *held.partition.topic == *topic && held.latest > held.earliest)
+    };
+    let configured = crate::roles::ROLES.iter().filter(|role| role.lacks(&context.config).is_none());
+    let at_work = configured.filter_map(|role| role.spec).map(|spec| spec());
+    let inputs = at_work.flat_map(|spec| spec.inputs.into_iter().map(move |input| (spec.group, input)));
+    let without = inputs.filter(|(group, input)| !has(group, input) && holds_records(input));
+    let without: Vec<String> = without.map(|(group, input)| format!("{group}/{input}")).collect();
     let without = match without.is_empty() {
         true => String::new(),
         false => format!("; no offsets in: {}", without.join(", ")),
