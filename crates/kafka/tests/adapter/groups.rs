@@ -68,6 +68,42 @@ fn a_partition_changes_hands_only_after_it_was_released() {
 }
 
 #[test]
+fn a_static_member_that_comes_back_within_its_session_disturbs_no_other() {
+    let name = topic("static", 4, &[]);
+    let group = unique("static");
+    let with = |instance: &str| KafkaConfig { group_protocol: GroupProtocol::Classic, ..config(instance) };
+    let mut stays = join(&with("stays"), &group, &[&*name]);
+    let mut goes = join(&with("goes"), &group, &[&*name]);
+    let mut has: Vec<TopicPartition> = Vec::new();
+    wait_for("two partitions each", || {
+        if let PipelineEvent::Revoking(list) = stays.poll(Duration::from_millis(20)) {
+            stays.release(&list);
+        }
+        if let PipelineEvent::Offered(list) = goes.poll(Duration::from_millis(20)) {
+            has.extend(list);
+        }
+        (has.len() == 2).then_some(())
+    });
+    // A static member says no good-bye, so this is what the group sees of a kill as well.
+    drop(goes);
+    let mut back = join(&with("goes"), &group, &[&*name]);
+    let mut again: Vec<TopicPartition> = Vec::new();
+    wait_for("its partitions again", || {
+        let event = stays.poll(Duration::from_millis(20));
+        let is_asked =
+            matches!(event, PipelineEvent::Revoking(_) | PipelineEvent::Offered(_) | PipelineEvent::Lost(_));
+        assert!(!is_asked, "the other member is told of it: {event:?}");
+        if let PipelineEvent::Offered(list) = back.poll(Duration::from_millis(20)) {
+            again.extend(list);
+        }
+        (again.len() == 2).then_some(())
+    });
+    has.sort();
+    again.sort();
+    assert_eq!(again, has);
+}
+
+#[test]
 fn an_offered_partition_delivers_nothing_until_it_is_started_where_it_is_told() {
     for (protocol, topics, _) in PROTOCOLS {
         let name = topic("start", 1, &[]);
