@@ -129,7 +129,7 @@ class Lane:
         deadline = time.monotonic() + self.args.deadline
         while True:
             try:
-                self.client.connect(self.args.host, self.args.port, keepalive=self.args.keepalive)
+                self.client.connect(self.args.host, self.args.port[self.lane % len(self.args.port)], keepalive=self.args.keepalive)
                 break
             except OSError:
                 if time.monotonic() > deadline:
@@ -170,7 +170,8 @@ class Lane:
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=lambda text: [int(port) for port in text.split(",")], required=True,
+                        help="several with commas between: each lane takes one of them")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--start-us", type=int, required=True)
     parser.add_argument("--devices", type=int, default=1000)

@@ -377,8 +377,8 @@ impl Load {
         arguments
     }
 
-    /// Starts to publish to the MQTT server at `port`, at `rate` messages a second or, with 0, as fast as
-    /// they are acknowledged. A publisher that is started after one was killed goes on where that stopped.
+    /// Starts to publish to the MQTT server at `port`, or to several at ports with commas between, at `rate`
+    /// messages a second or, with 0, as fast as they are acknowledged. A publisher that is started after one was killed goes on where that stopped.
     pub fn publish(&self, port: &str, rate: u32, log: PathBuf) -> Process {
         let mut command = Command::new(python());
         command.arg(root().join("tests/python/publish.py")).args(self.arguments());

@@ -105,13 +105,24 @@ pub struct Means {
     pub is_doubled: bool,
 }
 
+impl Means {
+    /// Says whether a role has two instances where the stages have. One `watch` is enough, and an existing broker
+    /// is read by one bridge.
+    fn has_two(&self, role: &str) -> bool {
+        match role {
+            "watch" => false,
+            "bridge" => !self.has_mosquitto,
+            _ => true,
+        }
+    }
+}
+
 impl Injection {
     /// Derives the next one of those that are possible: about four in ten are kills of roles, a fifth is done
     /// to Kafka.
     pub fn draw(random: &mut Random, means: Means) -> Self {
         let any = random.one_of(&roles());
-        let instance =
-            if means.is_doubled && STAGES.contains(&any) { random.one_of(&["0", "1"]) } else { "0" };
+        let instance = if means.is_doubled && means.has_two(any) { random.one_of(&["0", "1"]) } else { "0" };
         let stage = random.one_of(&STAGES);
         let broker = random.draw() as usize % means.brokers;
         let (server, several) = (means.has_server, means.brokers > 1);

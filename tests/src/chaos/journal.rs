@@ -114,7 +114,7 @@ pub fn page(entries: &[Value], sabotaged: &[Value]) -> String {
     page.push_str(&format!(
         "\nRun it: `make chaos SEEDS=\"40 41 42\" MINUTES=5`, with the names of plans among the seeds: {}. Even \
          seeds load PostgreSQL, odd ones SQLite; 42, 43, 46, 47 and so on have three brokers; multiples of three two \
-         instances of every stage; those that end in 3 or 8 a Mosquitto in front, which is hung and restarted, not \
+         instances of every stage and of the bridge; those that end in 3 or 8 a Mosquitto in front, which is hung and restarted, not \
          killed: what it has acknowledged and not saved is its own promise; those that end in 1 or 6 the classic \
          protocol of groups with static members. What the journal holds without differences is not run again. \
          When each fault began and how long it lasted is in the journal too, as `order`; `target/chaos/<run>.jsonl` has the same with times of day and the part it was done to. \

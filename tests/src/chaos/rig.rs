@@ -39,6 +39,8 @@ pub struct Rig {
     receiver_port: u16,
     receivers: u32,
     mosquitto: Option<ManagedMosquitto>,
+    /// Where devices publish to: each of them to one of these.
+    mqtt: Vec<u16>,
     is_doubled: bool,
     kafka_disk: Option<SmallDisk>,
     database_disk: Option<SmallDisk>,
@@ -87,7 +89,14 @@ impl Rig {
         cluster.add("notify", "0");
         if plan.is_doubled() {
             STAGES.iter().for_each(|stage| cluster.add(stage, "1"));
+            cluster.add("reprocess_dead_letters", "1");
         }
+        let second_bridge = (plan.is_doubled() && mosquitto.is_none()).then(|| {
+            let port = ports::free().expect("a free port");
+            let listen = format!("127.0.0.1:{port}");
+            cluster.add_with("bridge", "1", &[("THROUGHLINE_MQTT__LISTEN", &listen)]);
+            port
+        });
         let rule = root().join("demo/rules/demo-overheat.toml").display().to_string();
         let applied = cluster.command(&["rules", "apply", &rule]);
         assert!(applied.status.success(), "{}", said(&applied));
@@ -103,8 +112,14 @@ impl Rig {
         load.begin_now();
         // With what is sent twice and what is no reading.
         let rate = (RATE * 121 / 100) as u32;
-        let port = mosquitto.as_ref().map_or_else(|| cluster.mqtt_port(), |broker| broker.port().to_string());
-        let publisher = load.publish(&port, rate, cluster.scratch().join("publish.log"));
+        let mqtt = match (&mosquitto, second_bridge) {
+            (Some(broker), _) => vec![broker.port()],
+            (None, second) => {
+                let first = cluster.mqtt_port().parse().expect("a port is a number");
+                std::iter::once(first).chain(second).collect()
+            }
+        };
+        let publisher = load.publish(&listed(&mqtt), rate, cluster.scratch().join("publish.log"));
         let (part, burst) = POISON;
         let count = if plan.has_poison() { load.readings / part + burst } else { 0 };
         let poisoner = poison(&cluster, &load, count, plan.time());
@@ -120,6 +135,7 @@ impl Rig {
             receiver_port,
             receivers: 1,
             mosquitto,
+            mqtt,
             is_doubled: plan.is_doubled(),
             kafka_disk,
             database_disk,
@@ -139,11 +155,6 @@ impl Rig {
         }
     }
 
-    /// Returns the port that devices publish to.
-    fn mqtt_port(&self) -> String {
-        self.mosquitto.as_ref().map_or_else(|| self.cluster.mqtt_port(), |broker| broker.port().to_string())
-    }
-
     pub(super) fn mosquitto(&mut self) -> &mut ManagedMosquitto {
         self.mosquitto.as_mut().expect("drawn only where there is one")
     }
@@ -159,7 +170,7 @@ impl Rig {
             Link::Database => self.database.iter().map(ManagedPostgres::port).collect(),
             Link::Registry => vec![self.cluster.registry_port()],
             Link::Webhook => vec![self.receiver_port],
-            Link::Mqtt => vec![self.mqtt_port().parse().expect("a port is a number")],
+            Link::Mqtt => self.mqtt.clone(),
         }
     }
 
@@ -208,8 +219,8 @@ impl Rig {
         let mut packet = vec![0x10, 12 + id.len() as u8];
         packet.extend([0, 4, b'M', b'Q', b'T', b'T', 4, 0, 0, 30, 0, id.len() as u8]);
         packet.extend(id.as_bytes());
-        let port: u16 = self.mqtt_port().parse().expect("a port is a number");
-        let answered = TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
+        // The first lane of the publisher, which goes to the first port.
+        let answered = TcpStream::connect(("127.0.0.1", self.mqtt[0])).and_then(|mut stream| {
             stream.set_read_timeout(Some(Duration::from_secs(5)))?;
             stream.write_all(&packet)?;
             stream.read_exact(&mut [0; 4])
@@ -233,7 +244,7 @@ impl Rig {
     pub fn start_publisher(&mut self) {
         self.publishers += 1;
         let log = self.cluster.scratch().join(format!("publish-{}.log", self.publishers));
-        self.publisher = self.load.publish(&self.mqtt_port(), self.rate, log);
+        self.publisher = self.load.publish(&listed(&self.mqtt), self.rate, log);
     }
 
     /// Waits for the end of all that is written, starting again what crashes meanwhile, and returns the
@@ -272,6 +283,10 @@ impl Rig {
         let arguments = [&arguments[..], extra].concat();
         self.load.compare_while(&kafka, &database, &arguments, || self.cluster.start_what_crashed())
     }
+}
+
+fn listed(ports: &[u16]) -> String {
+    ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn receiver_journal(cluster: &Cluster) -> String {
