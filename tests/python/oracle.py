@@ -311,6 +311,16 @@ def main():
     while not settled() and time.monotonic() < deadline:
         time.sleep(1)
 
+    # The foreign writer's own client may write a record twice (librdkafka, where the first batch for a partition meets
+    # a leader that is not ready): what counts is what lies in the topics, which is all of its journal.
+    if poison and not args.deleted:
+        for topic, values in poison.items():
+            held = Counter(value for _k, value, _h in kafka.read(topic) if value in values)
+            lost = [value for value, n in values.items() if held[value] < n]
+            check.equal(f"records of the foreign writer missing from {topic}", lost[:5], [])
+            poison[topic] = held
+        poisoned = {topic: sum(values.values()) for topic, values in poison.items()}
+
     # The warehouse: each reading once, and with what was sent.
     found = Counter()
     wrong = 0
