@@ -333,12 +333,17 @@ impl Store for SqlStore {
         }
         if Sabotage::SkipCompare.is_chosen() {
             let partitions: Vec<_> = advances.iter().map(|a| a.partition.clone()).collect();
+            // It insists, so that a writer that came back late does not let go of its rows first.
             loop {
-                let found = self.positions(group, &partitions)?;
-                let blind = advances.iter().cloned().zip(found);
-                let blind: Vec<_> = blind.map(|(a, found)| Advance { from: found.next, ..a }).collect();
-                match self.write_in_one(group, rows, &blind) {
-                    Err(Failure::Fenced(_)) => {}
+                let written = self.positions(group, &partitions).and_then(|found| {
+                    let blind = advances.iter().cloned().zip(found);
+                    let blind: Vec<_> = blind.map(|(a, found)| Advance { from: found.next, ..a }).collect();
+                    self.write_in_one(group, rows, &blind)
+                });
+                match written {
+                    Err(Failure::Fenced(_) | Failure::Dependency { .. }) => {
+                        std::thread::sleep(SABOTAGE_PAUSE / 10)
+                    }
                     written => return written,
                 }
             }

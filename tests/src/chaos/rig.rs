@@ -229,6 +229,13 @@ impl Rig {
         drop(answered);
     }
 
+    /// Lets the publishing devices pause, or go on, where they have not ended.
+    pub(super) fn hush_publisher(&mut self, pauses: bool) {
+        if !self.publisher.has_ended() {
+            self.publisher.signal(if pauses { "STOP" } else { "CONT" });
+        }
+    }
+
     /// Kills the publishing process and starts another that goes on by the journal.
     pub(super) fn kill_publisher(&mut self) {
         self.stop_publisher();
