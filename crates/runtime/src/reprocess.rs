@@ -252,6 +252,8 @@ impl<L: StretchReader> Decide for ReprocessDeadLetters<L> {
         };
         if !progress.is_open() {
             answer(&progress, effects);
+            // Requests are remembered for ever, and these are up to megabytes of each.
+            recent = RecentFailures::default();
         }
         let next = self.clock.now().plus(pause);
         let state = states.get_mut(key);
@@ -284,7 +286,9 @@ fn take_up(
             && (known.is_open() || (known.wants() == Some(Action::Drop) && known.status == status::DONE));
         return match action {
             _ if ends => {
-                states.get_mut(key).progress.end(status::CANCELLED, None, time);
+                let state = states.get_mut(key);
+                state.progress.end(status::CANCELLED, None, time);
+                state.recent = RecentFailures::default();
                 Settled::emitted()
             }
             Some(Action::Cancel) => Settled::new(Outcome::Ignored, "ended"),

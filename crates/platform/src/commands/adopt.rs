@@ -176,6 +176,7 @@ fn decide(
     let volume = format!("adopted-{}", Uuid::now_v7());
     let partitions: Vec<TopicPartition> = standing.iter().map(|s| s.partition.clone()).collect();
     let (earliest, latest) = (admin.earliest(&partitions)?, admin.latest(&partitions)?);
+    let is_new = standing.iter().all(|standing| standing.next < 0);
     let (mut adopted, mut sound) = (Vec::new(), 0);
     for standing in standing {
         let (Some(first), Some(end)) = (earliest.get(&standing.partition), latest.get(&standing.partition))
@@ -183,7 +184,9 @@ fn decide(
             output::notice(&format!("{} does not exist any more and is left alone", standing.partition));
             continue;
         };
-        let begin = adoption.begin.map(|begin| begin_of(begin, adoption, &standing.partition.topic, spec));
+        // A database that is new is filled from the start.
+        let begin = adoption.begin.or((is_new && standing.copy.is_some()).then_some(Begin::Earliest));
+        let begin = begin.map(|begin| begin_of(begin, adoption, &standing.partition.topic, spec));
         let Some(to) = destination(begin, adoption.all, &standing, *first, *end)? else {
             sound += usize::from(adoption.begin.is_some() && standing.next >= 0);
             continue;
