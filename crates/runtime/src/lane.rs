@@ -5,11 +5,13 @@ use crate::config::LoopConfig;
 use crate::dead_letter::Destination;
 use crate::incarnation;
 use crate::ports::{Advance, BooksFound, Failure, Position};
+use serde::Deserialize;
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use throughline_model::books::{Books, Origin};
 use throughline_model::catalog::{dlt_topic, parking_topic, replay_topic, retry_topic};
+use throughline_model::codec::Codec;
 use throughline_model::outcome::{Outcome, Settled};
 use throughline_model::record::{Batch, TopicPartition};
 use throughline_model::stage::{Kind, StageSpec};
@@ -277,6 +279,22 @@ impl Lane {
 /// Returns the seconds that the first record of a batch waited for its stage.
 pub(crate) fn wait_seconds(batch: &Batch, now: Timestamp) -> f64 {
     if batch.is_empty() { 0.0 } else { seconds_between(batch.get(0).time, now) }
+}
+
+#[derive(Deserialize)]
+struct Occurrence {
+    occurred_at: Timestamp,
+    #[serde(default)]
+    clock_offset: Option<i64>,
+}
+
+/// Returns the age of the first record of a batch by the device's corrected clock. One sample a batch:
+/// reading the envelope of every record a second time would cost as much as the stage.
+pub(crate) fn message_age(batch: &Batch, codec: &Codec, now: Timestamp) -> Option<f64> {
+    let first = (!batch.is_empty()).then(|| batch.get(0))?;
+    let occurrence: Occurrence = codec.decode(first.value).ok()?;
+    let occurred = Timestamp(occurrence.occurred_at.0.saturating_add(occurrence.clock_offset.unwrap_or(0)));
+    Some(seconds_between(occurred, now))
 }
 
 /// By which topic a record came to its stage.
