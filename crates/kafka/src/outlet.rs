@@ -90,11 +90,7 @@ impl AckedProducer {
 impl Outlet for AckedProducer {
     fn send_all(&mut self, outbox: &Outbox) -> Result<(), Failure> {
         let sent = self.send_and_wait(outbox);
-        if matches!(sent, Err(Failure::Dependency { .. })) {
-            // It may have lost a leader for good (see `stall`); what it still holds is sent again by the caller.
-            self.producer = None;
-        }
-        sent
+        self.drop_if_doubtful(sent)
     }
 
     fn send_rest(&mut self, outbox: &mut Outbox) -> Result<(), Failure> {
@@ -105,10 +101,7 @@ impl Outlet for AckedProducer {
             let acknowledged = producer.client().context().acknowledged.lock();
             outbox.retain(|place| !acknowledged.contains(&place));
         }
-        if matches!(sent, Err(Failure::Dependency { .. })) {
-            self.producer = None;
-        }
-        sent
+        self.drop_if_doubtful(sent)
     }
 
     fn mirror(&mut self, group: &str, advances: &[Advance]) {
@@ -120,6 +113,14 @@ impl Outlet for AckedProducer {
 }
 
 impl AckedProducer {
+    /// The producer may have lost a leader for good (see `stall`); what it still holds is sent again by the caller.
+    fn drop_if_doubtful(&mut self, sent: Result<(), Failure>) -> Result<(), Failure> {
+        if matches!(sent, Err(Failure::Dependency { .. })) {
+            self.producer = None;
+        }
+        sent
+    }
+
     fn send_and_wait(&mut self, outbox: &Outbox) -> Result<(), Failure> {
         if outbox.is_empty() {
             return Ok(());

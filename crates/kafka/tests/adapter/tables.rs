@@ -11,6 +11,32 @@ use throughline_model::record::{Batch, Outbox};
 use throughline_runtime::ports::{Failure, Outlet, PipelineEvent, Source, TableReader, Transactions};
 
 #[test]
+fn what_is_acknowledged_is_not_sent_again_where_the_rest_is_not() {
+    let mock = MockCluster::new(2).expect("a mock cluster");
+    for (name, leader) in [("near", 1), ("far", 2)] {
+        mock.create_topic(name, 1, 1).expect("a topic");
+        mock.partition_leader(name, 0, Some(leader)).expect("a leader");
+    }
+    let config = KafkaConfig::new(mock.bootstrap_servers());
+    let mut outbox = Outbox::default();
+    for name in ["near", "far"] {
+        outbox.push(&name.into(), Some(0), Some(b"k"), Some(b"v"), []);
+    }
+    let mut producer = AckedProducer::new(&config);
+    mock.broker_down(2).expect("a broker goes");
+    let failed = producer.send_rest(&mut outbox).expect_err("nobody leads the other topic");
+    assert!(matches!(failed, Failure::Dependency { .. }), "{failed}");
+    assert_eq!(outbox.iter().map(|record| record.topic).collect::<Vec<_>>(), ["far"]);
+    mock.broker_up(2).expect("a broker comes");
+    producer.send_rest(&mut outbox).expect("everything is acknowledged");
+    assert!(outbox.is_empty());
+    for name in ["near", "far"] {
+        let ends = end_offsets(&config, name).expect("the mock answers");
+        assert_eq!(ends.iter().map(|(_, end)| *end).collect::<Vec<_>>(), [1], "{name}");
+    }
+}
+
+#[test]
 fn a_table_is_read_to_the_end_it_had_and_open_transactions_are_awaited() {
     let table = topic("table", 2, &[("cleanup.policy", "compact")]);
     let config = config("one");

@@ -113,6 +113,17 @@ impl World {
         self.run(ids, &mut Random(0), None);
     }
 
+    /// Asks for a replay of so many letters under the id `slow`, 20 a second, and runs until some are sent.
+    fn begin_slow_replay(&self, letters: u32) -> Loop {
+        self.letters(letters);
+        self.ask(&DeadLetterRequest { rate_per_second: Some(20), ..request("slow", Action::Replay) });
+        let mut running = self.start();
+        while self.replayed().len() < 10 {
+            running.turn().unwrap();
+        }
+        running
+    }
+
     /// Runs until a request that had ended is cancelled.
     pub fn settle_cancelled(&self, id: &str) {
         let is_cancelled = || self.progress(id).is_some_and(|p| p.status == status::CANCELLED);
@@ -229,12 +240,7 @@ fn a_rate_is_kept_and_the_source_is_served_meanwhile() {
 #[test]
 fn a_cancelled_replay_stops_where_it_is_and_its_rest_stays_open() {
     let world = World::new();
-    world.letters(60);
-    world.ask(&DeadLetterRequest { rate_per_second: Some(20), ..request("slow", Action::Replay) });
-    let mut running = world.start();
-    while world.replayed().len() < 10 {
-        running.turn().unwrap();
-    }
+    let mut running = world.begin_slow_replay(60);
     world.ask(&request("slow", Action::Cancel));
     world.ask(&request("rest", Action::Replay));
     while !world.has_ended(&["slow", "rest"]) {
@@ -359,12 +365,7 @@ fn requests_are_carried_out_in_the_order_of_their_records_whatever_the_brokers_c
 #[test]
 fn a_clock_that_is_set_back_does_not_hold_up_a_request() {
     let world = World::new();
-    world.letters(40);
-    world.ask(&DeadLetterRequest { rate_per_second: Some(20), ..request("slow", Action::Replay) });
-    let mut running = world.start();
-    while world.replayed().len() < 10 {
-        running.turn().unwrap();
-    }
+    let mut running = world.begin_slow_replay(40);
     world.clock.set(world.clock.now().minus(Duration::from_secs(3_600)));
     let end = world.clock.now().plus(Duration::from_secs(60));
     while !world.has_ended(&["slow"]) {
@@ -377,12 +378,7 @@ fn a_clock_that_is_set_back_does_not_hold_up_a_request() {
 #[test]
 fn letters_that_retention_deletes_under_a_request_are_counted() {
     let world = World::new();
-    world.letters(60);
-    world.ask(&DeadLetterRequest { rate_per_second: Some(20), ..request("slow", Action::Replay) });
-    let mut running = world.start();
-    while world.replayed().len() < 10 {
-        running.turn().unwrap();
-    }
+    let mut running = world.begin_slow_replay(60);
     world.cluster.delete_before(LETTERS, 0, 40);
     while !world.has_ended(&["slow"]) {
         running.turn().unwrap();
