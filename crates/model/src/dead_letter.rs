@@ -453,6 +453,17 @@ mod tests {
     }
 
     #[test]
+    fn a_failure_is_known_until_so_many_others_were_told() {
+        let failure = |offset: usize| ("t".to_owned(), 0, offset as i64, 7, 0);
+        let mut recent = RecentFailures::default();
+        assert!((0..RecentFailures::MAX).all(|offset| recent.note(failure(offset))));
+        assert!(!recent.note(failure(0)), "the oldest is known still");
+        assert!(recent.note(failure(RecentFailures::MAX)));
+        assert!(recent.note(failure(0)), "one more came since");
+        assert_eq!((recent.order.len(), recent.known.len()), (RecentFailures::MAX, RecentFailures::MAX));
+    }
+
+    #[test]
     fn an_exhausted_letter_is_parked_but_never_twice() {
         let done = [request(Action::Replay, status::DONE, 0, 9, 9)];
         let exhausted = Letter { replays: 10, ..letter(3, "bad") };

@@ -184,9 +184,7 @@ fn decide(
             output::notice(&format!("{} does not exist any more and is left alone", standing.partition));
             continue;
         };
-        // A database that is new is filled from the start.
-        let begin = adoption.begin.or((is_new && standing.copy.is_some()).then_some(Begin::Earliest));
-        let begin = begin.map(|begin| begin_of(begin, adoption, &standing.partition.topic, spec));
+        let begin = begin_of(adoption, &standing, is_new, spec);
         let Some(to) = destination(begin, adoption.all, &standing, *first, *end)? else {
             sound += usize::from(adoption.begin.is_some() && standing.next >= 0);
             continue;
@@ -211,13 +209,19 @@ fn decide(
     Ok(adopted)
 }
 
-/// Returns where a partition begins. What a load stage wrote by a replay comes from the input again when that
-/// is read from its start; its rows have no key by which a second one would be recognised. Who names the
-/// replay topic means it.
-fn begin_of(begin: Begin, adoption: &Adoption, topic: &str, spec: Option<&StageSpec>) -> Begin {
+/// Returns where a partition begins; a database that is new is filled from the start. What a load stage wrote by
+/// a replay comes from the input again when that is read from its start; its rows have no key by which a second
+/// one would be recognised. Who names the replay topic means it.
+fn begin_of(
+    adoption: &Adoption,
+    standing: &Standing,
+    is_new: bool,
+    spec: Option<&StageSpec>,
+) -> Option<Begin> {
     let is_load = spec.is_some_and(|spec| spec.kind == Kind::Load);
-    let is_replay = parse_replay(topic).is_some() && adoption.topic.is_none();
-    if begin == Begin::Earliest && is_load && is_replay { Begin::End } else { begin }
+    let is_replay = parse_replay(&standing.partition.topic).is_some() && adoption.topic.is_none();
+    let begin = adoption.begin.or((is_new && standing.copy.is_some()).then_some(Begin::Earliest))?;
+    Some(if begin == Begin::Earliest && is_load && is_replay { Begin::End } else { begin })
 }
 
 /// Says whether replays are read again beside the inputs that they came from: those of a database that fell back.
@@ -397,23 +401,35 @@ mod tests {
     #[test]
     fn replays_of_a_table_that_is_built_anew_are_left_out_unless_they_are_named() {
         let spec = |group: &str| stage_specs().into_iter().find(|spec| spec.group == group);
-        let adoption = |topic: Option<&str>| Adoption {
+        let adoption = |topic: Option<&str>, begin| Adoption {
             group: "load_warehouse".to_owned(),
             topic: topic.map(str::to_owned),
-            begin: Some(Begin::Earliest),
+            begin,
             all: true,
             yes: false,
         };
+        let standing = |topic: &str| Standing {
+            partition: TopicPartition::new(topic, 0),
+            next: -1,
+            books: None,
+            is_of_here: true,
+            copy: Some(60),
+        };
+        let earliest = Some(Begin::Earliest);
         let replays = "data_core.reading.v1.load_warehouse-replay";
         let (load, decide) = (spec("load_warehouse"), spec("bridge_data"));
-        for (group, named, topic, expected) in [
-            (&load, None, replays, Begin::End),
-            (&load, None, "data_core.reading.v1", Begin::Earliest),
-            (&load, Some(replays), replays, Begin::Earliest),
-            (&decide, None, "device.telemetry.v1.bridge_data-replay", Begin::Earliest),
+        for (group, begin, named, is_new, topic, expected) in [
+            (&load, earliest, None, false, replays, Some(Begin::End)),
+            (&load, earliest, None, false, "data_core.reading.v1", earliest),
+            (&load, earliest, Some(replays), false, replays, earliest),
+            (&decide, earliest, None, false, "device.telemetry.v1.bridge_data-replay", earliest),
+            // A database that is new, and one that was restored and is older than the first replay.
+            (&load, None, None, true, replays, Some(Begin::End)),
+            (&load, None, None, true, "data_core.reading.v1", earliest),
+            (&load, None, None, false, replays, None),
         ] {
-            let found = begin_of(Begin::Earliest, &adoption(named), topic, group.as_ref());
-            assert!(found == expected, "{topic} {named:?}");
+            let found = begin_of(&adoption(named, begin), &standing(topic), is_new, group.as_ref());
+            assert!(found == expected, "{topic} {named:?} {is_new}");
         }
     }
 

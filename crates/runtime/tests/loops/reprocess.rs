@@ -5,8 +5,10 @@ use crate::common::{Random, drive_until};
 use std::sync::Arc;
 use std::time::Duration;
 use throughline_model::codec::Codec;
-use throughline_model::dead_letter::{Action, STAGE, header, status};
+use throughline_model::dead_letter::{Action, RecentFailures, ReprocessState, STAGE, header, status};
 use throughline_model::envelope::{DeadLetterProgress, DeadLetterRequest, LetterRange};
+use throughline_model::keyed::Keyed;
+use throughline_model::stage::{Decide as _, Effects};
 use throughline_model::time::Timestamp;
 use throughline_model::topics::{
     SERVICE_PLATFORM_DEAD_LETTER_PROGRESS_V1 as PROGRESS, SERVICE_PLATFORM_DEAD_LETTER_REQUEST_V1 as REQUESTS,
@@ -71,6 +73,20 @@ impl World {
         let count = (replays > 0).then_some((header::REPLAY_COUNT, count.as_bytes()));
         let headers = [(header::CODE, code.as_bytes())].into_iter().chain(count);
         self.cluster.append(LETTERS, 0, Some(b"k"), Some(name.as_bytes()), headers);
+    }
+
+    /// The letter of a load stage of the record at `offset`.
+    fn told(&self, offset: i64) {
+        let (partition, time) = (0_i32.to_be_bytes(), 7_i64.to_be_bytes());
+        let place = offset.to_be_bytes();
+        let origin: [(&str, &[u8]); 5] = [
+            (header::CODE, b"bad"),
+            ("kafka_dlt-original-topic", b"device.thing.v1"),
+            ("kafka_dlt-original-partition", &partition),
+            ("kafka_dlt-original-offset", &place),
+            ("kafka_dlt-original-timestamp", &time),
+        ];
+        self.cluster.append(LETTERS, 0, Some(b"k"), Some(offset.to_string().as_bytes()), origin);
     }
 
     /// Letters `0` to `count`, every third of them `odd`, all others `bad`.
@@ -310,26 +326,33 @@ fn a_second_replay_sends_nothing_unless_again_is_asked_for() {
 #[test]
 fn a_letter_that_was_told_twice_is_replayed_once() {
     let world = World::new();
-    let tell = |offset: i64, code: &str| {
-        let (partition, time) = (0_i32.to_be_bytes(), 7_i64.to_be_bytes());
-        let offset = offset.to_be_bytes();
-        let origin: [(&str, &[u8]); 5] = [
-            (header::CODE, code.as_bytes()),
-            ("kafka_dlt-original-topic", b"device.thing.v1"),
-            ("kafka_dlt-original-partition", &partition),
-            ("kafka_dlt-original-offset", &offset),
-            ("kafka_dlt-original-timestamp", &time),
-        ];
-        let value = i64::from_be_bytes(offset).to_string();
-        world.cluster.append(LETTERS, 0, Some(b"k"), Some(value.as_bytes()), origin);
-    };
     // A write of a load stage whose acknowledgements were lost, and its next attempt.
-    [0, 1, 2, 0, 1, 2, 3].into_iter().for_each(|offset| tell(offset, "bad"));
+    [0, 1, 2, 0, 1, 2, 3].into_iter().for_each(|offset| world.told(offset));
     world.ask(&request("r", Action::Replay));
     world.settle(&["r"]);
     assert_eq!(world.replayed(), ["0", "1", "2", "3"]);
     let progress = world.progress("r").unwrap();
     assert_eq!((progress.replayed, progress.skipped), (4, 3));
+}
+
+#[test]
+fn what_a_request_was_told_is_forgotten_when_it_ends() {
+    let world = World::new();
+    (0..8).for_each(|offset| world.told(offset));
+    let stretches = MemoryStretches::new(&world.cluster, 4);
+    let mut stage = ReprocessDeadLetters::new(stretches, Arc::new(world.clock.clone()), REPLAYS_MAX);
+    let (mut states, mut effects) =
+        (Keyed::<ReprocessState>::default(), Effects::new(Arc::clone(&world.codec)));
+    states.get_mut("r").progress =
+        DeadLetterProgress::accepted(&request("r", Action::Replay), world.clock.now());
+    let mut most = false;
+    while states.get("r").is_some_and(|state| state.progress.is_open()) {
+        stage.fire("r", Timestamp(0), &mut states, &mut effects);
+        most |= states.get("r").is_some_and(|state| state.recent != RecentFailures::default());
+    }
+    let ended = states.get("r").expect("requests are remembered");
+    assert!(most && ended.recent == RecentFailures::default(), "told {most}");
+    assert_eq!(ended.progress.replayed, 8);
 }
 
 #[test]
