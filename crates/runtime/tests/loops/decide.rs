@@ -1,5 +1,8 @@
 //! What the loop of decide stages does, one behaviour a test, in virtual time.
 
+mod letters;
+mod timers;
+
 use crate::common::{
     CHANGELOG, DLT, GROUP, INPUT, Loop, OUTPUT, REPLAY, SECOND, TABLE, World, is_up, paused, recoveries,
     retries,
@@ -30,103 +33,12 @@ fn turns(running: &mut Loop, count: usize) {
     }
 }
 
-#[test]
-fn timers_fire_in_order_of_due_time_and_key_before_the_first_later_record() {
-    let world = World::new(&[INPUT], 1);
-    let began = world.clock.now();
-    for (key, value) in [("b", "arm:5"), ("a", "arm:5"), ("c", "arm:2")] {
-        world.cluster.append_keyed(INPUT, key, value.as_bytes());
-    }
-    // Due at the same instant as the record: the record comes first.
-    world.clock.set(began.plus(Duration::from_secs(5)));
-    world.cluster.append_keyed(INPUT, "x", b"add:1");
-    world.clock.set(began.plus(Duration::from_secs(5)).plus(Duration::from_micros(1)));
-    world.cluster.append_keyed(INPUT, "x", b"add:2");
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    let at = |s| began.plus(Duration::from_secs(s)).0;
-    let expected = [
-        format!("c fired 0 at {}", at(2)),
-        "x 1 1 @3".to_owned(),
-        format!("a fired 0 at {}", at(5)),
-        format!("b fired 0 at {}", at(5)),
-        "x 2 3 @4".to_owned(),
-    ];
-    assert_eq!(world.output(), expected);
-}
-
-#[test]
-fn timers_of_idle_partitions_fire_by_the_clock() {
-    let world = World::new(&[INPUT], 1);
-    world.say("a", "arm:10");
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    world.pass(&mut running, Duration::from_secs(9));
-    assert!(world.output().is_empty());
-    world.pass(&mut running, Duration::from_secs(2));
-    assert_eq!(world.output().len(), 1);
-    // The firing is in the changelog: a successor does not fire again.
-    drop(running);
-    let (mut successor, _) = world.start("i");
-    world.pass(&mut successor, Duration::from_secs(30));
-    assert_eq!(world.output().len(), 1);
-}
-
-#[test]
-fn no_timer_fires_by_the_clock_while_kafka_is_away() {
-    let world = World::new(&[INPUT], 1);
-    world.say("a", "arm:10");
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    world.pass(&mut running, Duration::from_secs(1));
-    world.cluster.set_away(true);
-    world.pass(&mut running, Duration::from_secs(60));
-    assert_eq!(world.output(), Vec::<String>::new());
-    // What arrived meanwhile comes before the timers that are later than it.
-    world.cluster.set_away(false);
-    world.pass(&mut running, Duration::from_secs(30));
-    assert_eq!(world.output().len(), 1, "it fires once Kafka is back, without a record");
-}
-
-#[test]
-fn no_timer_fires_by_the_clock_before_every_partition_of_the_task_is_read_to_its_end() {
-    let world = World::new(&[INPUT, SECOND], 1);
-    world.say("a", "arm:1");
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    // The registry is away: a batch of the second input is held back, so it is not read to its end.
-    world.cluster.faults().set_up(Point::Schema, false);
-    world.cluster.append(SECOND, 0, Some(b"a"), Some(&[0, 0, 0, 9, 9, 1]), []);
-    turns(&mut running, 3);
-    world.pass(&mut running, Duration::from_secs(20));
-    assert!(world.output().is_empty());
-    world.cluster.faults().set_up(Point::Schema, true);
-    world.pass(&mut running, Duration::from_secs(20));
-    assert_eq!(world.output().len(), 1);
-}
-
-#[test]
-fn no_record_fires_a_timer_that_another_input_of_the_task_may_still_put_off() {
-    let world = World::new(&[INPUT, SECOND], 1);
-    world.say("a", "arm:10");
-    world.say("b", "arm:10");
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    // The registry is away, and a batch of the first input waits for it; long before the timers are due somebody
-    // puts one of them off behind it.
-    world.cluster.faults().set_up(Point::Schema, false);
-    world.cluster.append(INPUT, 0, Some(b"c"), Some(&[0, 0, 0, 9, 9, 1]), []);
-    world.say("a", "arm:1000");
-    turns(&mut running, 5);
-    world.clock.advance(Duration::from_secs(60));
-    world.cluster.append_keyed(SECOND, "x", b"add:1");
-    turns(&mut running, 20);
-    assert_eq!(world.output(), Vec::<String>::new(), "the second input is later than the timers");
-    world.cluster.faults().set_up(Point::Schema, true);
-    world.settle(&mut running);
-    let fired = ["b fired 0 at ", "x 1 1 @0"];
-    let output = world.output();
-    assert!(output.len() == 2 && output.iter().zip(fired).all(|(o, f)| o.starts_with(f)), "{output:?}");
+fn framed(world: &World, id: u32, seq: i64) -> Vec<u8> {
+    let message = device_message("site", "a", seq, world.clock.now(), vec![measurement("t", 1.0)]);
+    let mut value = Vec::new();
+    world.codec.encode(DEVICE_TELEMETRY_V1, &message, &mut value).unwrap();
+    value[1..5].copy_from_slice(&id.to_be_bytes());
+    value
 }
 
 #[test]
@@ -149,22 +61,6 @@ fn state_is_restored_before_any_input() {
     // The gauge is renewed once a second.
     world.pass(&mut successor, Duration::from_secs(2));
     assert_eq!(gauge(Metric::StateKeys, &[("stage", world.stage)]).value(), 2.0);
-}
-
-#[test]
-fn a_message_as_long_as_a_record_is_cut_in_its_letter() {
-    let world = World::new(&[INPUT], 1);
-    // Each character has two bytes, so that the bound falls between two of them or into one.
-    let key = "é".repeat(350_000);
-    world.say(&key, "nonsense");
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    let letters = world.cluster.records(DLT);
-    let [letter] = &letters[..] else { panic!("one letter: {}", letters.len()) };
-    assert_eq!(letter.key_text(), key, "the record itself is whole");
-    let message = letter.header("__connect.errors.exception.message").expect("it says why");
-    assert!((1_020..=1_024).contains(&message.len()), "{} bytes", message.len());
-    assert!(std::str::from_utf8(message).is_ok_and(|text| text.starts_with("`éé")));
 }
 
 #[test]
@@ -253,90 +149,6 @@ fn an_offset_that_a_foreign_tool_moved_stops_the_stage() {
         assert!(codes::explain(stopped.code).is_some());
         assert!(world.output().is_empty());
     }
-}
-
-#[test]
-fn a_dead_letter_keeps_every_byte_and_carries_the_headers_of_connect_and_spring() {
-    let world = World::new(&[INPUT], 1);
-    world.say("a", "skip");
-    let own: [(&str, &[u8]); 3] = [("traceparent", b"00-ab"), ("x", &[0, 255]), ("x", b"")];
-    let value: &[u8] = &[7, 0, 159, 146, 150];
-    world.cluster.append(INPUT, 0, Some(&[255, 0]), Some(value), own);
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    let letters = world.cluster.records(DLT);
-    let [letter] = &letters[..] else { panic!("{letters:?}") };
-    assert_eq!((letter.key.as_deref(), letter.value.as_deref()), (Some([255, 0].as_slice()), Some(value)));
-    for (kept, own) in letter.headers.iter().zip(own) {
-        assert_eq!((kept.0.as_str(), kept.1.as_slice()), own);
-    }
-    let time_ms = world.cluster.records(INPUT)[1].time.as_millis();
-    let expected: [(&str, &[u8]); 14] = [
-        ("__connect.errors.topic", INPUT.as_bytes()),
-        ("__connect.errors.partition", b"0"),
-        ("__connect.errors.offset", b"1"),
-        ("__connect.errors.connector.name", GROUP.as_bytes()),
-        ("__connect.errors.task.id", b"0"),
-        ("__connect.errors.stage", b"TRANSFORMATION"),
-        ("__connect.errors.class.name", b"throughline.stages.count_things"),
-        ("__connect.errors.exception.class.name", b"garbage"),
-        ("__connect.errors.exception.message", "`none` says something unknown".as_bytes()),
-        ("kafka_dlt-original-topic", INPUT.as_bytes()),
-        ("kafka_dlt-original-consumer-group", GROUP.as_bytes()),
-        ("kafka_dlt-original-partition", &[0, 0, 0, 0]),
-        ("kafka_dlt-original-offset", &[0, 0, 0, 0, 0, 0, 0, 1]),
-        ("kafka_dlt-original-timestamp", &time_ms.to_be_bytes()),
-    ];
-    for (name, value) in expected {
-        assert_eq!(letter.header(name), Some(value), "{name}");
-    }
-    assert_eq!(letter.headers.len(), own.len() + expected.len(), "and no others");
-    assert_eq!(books(&world).of(Outcome::DeadLettered), 1);
-}
-
-#[test]
-fn a_replay_that_fails_again_keeps_its_first_origin_and_is_parked_in_the_end() {
-    let world = World::new(&[INPUT], 1);
-    world.say("a", "bad");
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    let first_letter = world.cluster.records(DLT).remove(0);
-    let replay = |count: &str| {
-        let mut headers = first_letter.headers.clone();
-        headers.push(("tl-replay-id".to_owned(), b"r-1".to_vec()));
-        headers.push(("tl-replay-count".to_owned(), count.as_bytes().to_vec()));
-        world.clock.advance(Duration::from_secs(60));
-        let headers = headers.iter().map(|(n, v)| (n.as_str(), v.as_slice()));
-        world.cluster.append(REPLAY, 0, first_letter.key.as_deref(), Some(b"bad"), headers);
-    };
-    replay("3");
-    world.settle(&mut running);
-    let again = world.cluster.records(DLT).remove(1);
-    for name in ["__connect.errors.topic", "__connect.errors.offset", "kafka_dlt-original-timestamp"] {
-        assert_eq!(again.header(name), first_letter.header(name), "{name}");
-        assert_eq!(again.headers.iter().filter(|(n, _)| n == name).count(), 1, "{name} once");
-    }
-    let error = "__connect.errors.exception.class.name";
-    assert_eq!(again.headers.iter().filter(|(n, _)| n == error).count(), 1, "the error is replaced");
-    assert_eq!(again.header("tl-replay-count"), Some(b"3".as_slice()));
-    replay("10");
-    world.settle(&mut running);
-    assert_eq!(world.cluster.records(DLT).len(), 2);
-    assert_eq!(world.cluster.records("device.thing.v1.count_things-parking").len(), 1);
-    // A record that somebody put into the replay topic by hand has no origin yet.
-    world.cluster.append(REPLAY, 0, Some(b"a"), Some(b"bad"), []);
-    world.settle(&mut running);
-    let by_hand = world.cluster.records(DLT).remove(2);
-    assert_eq!(by_hand.header("kafka_dlt-original-topic"), Some(REPLAY.as_bytes()));
-    assert_eq!(by_hand.header("tl-replay-count"), Some(b"1".as_slice()));
-}
-
-fn framed(world: &World, id: u32, seq: i64) -> Vec<u8> {
-    let message = device_message("site", "a", seq, world.clock.now(), vec![measurement("t", 1.0)]);
-    let mut value = Vec::new();
-    world.codec.encode(DEVICE_TELEMETRY_V1, &message, &mut value).unwrap();
-    value[1..5].copy_from_slice(&id.to_be_bytes());
-    value
 }
 
 #[test]
@@ -516,24 +328,6 @@ fn a_table_is_not_read_on_while_it_waits_for_a_schema() {
     world.settle(&mut running);
     assert_eq!(world.output(), ["a 1 10 @0"], "all of it is in force before any input");
     assert!(is_up(world.stage, "registry"));
-}
-
-#[test]
-fn timers_that_are_due_together_fill_no_more_than_the_bound() {
-    let mut world = World::new(&[INPUT], 1);
-    world.config.bytes_max = 500;
-    for key in 0..100 {
-        world.cluster.append_keyed(INPUT, &format!("k{key:02}"), b"arm:10");
-    }
-    let (mut running, _) = world.start("i");
-    world.settle(&mut running);
-    drop(running);
-    world.clock.advance(Duration::from_secs(60));
-    let (mut running, _) = world.start("i");
-    world.pass(&mut running, Duration::from_secs(5));
-    assert!(world.output().len() >= 100, "all have fired");
-    let largest = world.cluster.sent_bytes_max();
-    assert!((500..1_000).contains(&largest), "{largest} bytes at once: one record may pass the bound");
 }
 
 #[test]
