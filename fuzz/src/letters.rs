@@ -75,6 +75,10 @@ impl StretchReader for Letters {
         Ok(Some(Extent { topic_id: "one".to_owned(), partitions: vec![(0, 0, self.0.len() as i64)] }))
     }
 
+    fn first(&mut self, _partition: &TopicPartition) -> Result<i64, Failure> {
+        Ok(0)
+    }
+
     fn read(&mut self, partition: &TopicPartition, from: i64, _to: i64) -> Result<Stretch<'_>, Failure> {
         let is_there = partition.partition == 0 && from < self.0.len() as i64;
         Ok(if is_there { Stretch::Records(&self.0) } else { Stretch::End })

@@ -115,6 +115,21 @@ impl StretchReader for PartitionReader {
         Ok(Some(Extent { topic_id, partitions: partitions.iter().filter_map(bound).collect() }))
     }
 
+    fn first(&mut self, partition: &TopicPartition) -> Result<i64, Failure> {
+        let number = partition.partition;
+        // Whoever asks is reading it.
+        let open = self.open.iter().rev().find(|reading| reading.partition == *partition);
+        let bounds = match open {
+            Some(reading) => reading.tail.bounds(&[number], OffsetSpec::Earliest, false)?,
+            None => Tail::new(&self.config, &partition.topic, true)?.bounds(
+                &[number],
+                OffsetSpec::Earliest,
+                false,
+            )?,
+        };
+        bounds.get(&number).copied().ok_or_else(|| dependency(format!("{partition} has no first position")))
+    }
+
     fn read(&mut self, partition: &TopicPartition, from: i64, to: i64) -> Result<Stretch<'_>, Failure> {
         let mut reading = self.take(partition, from)?;
         if !reading.holds(from) {

@@ -223,6 +223,12 @@ pub trait StretchReader: Send {
     /// [`Failure::Dependency`] when Kafka cannot be asked.
     fn bounds(&mut self, topic: &str) -> Result<Option<Extent>, Failure>;
 
+    /// Returns the first position that there is of a partition.
+    ///
+    /// # Errors
+    /// [`Failure::Dependency`] when Kafka cannot be asked.
+    fn first(&mut self, partition: &TopicPartition) -> Result<i64, Failure>;
+
     /// Returns what lies in `[from, to)`, waiting for it only briefly. Whoever goes on where the records of
     /// the call before ended reads without a seek.
     ///

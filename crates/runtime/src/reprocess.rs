@@ -101,19 +101,12 @@ impl<L: StretchReader> ReprocessDeadLetters<L> {
             Stretch::End => Some(range.end),
             Stretch::Waiting => return Ok(WAIT),
         };
-        // Positions are left out where transactions end, too: only retention moves the beginning.
-        if begins.is_some_and(|begins| begins > range.next) {
-            let extent = self.letters.bounds(&progress.topic)?.unwrap_or_default();
-            if progress.topic_id.as_deref().is_some_and(|own| own != extent.topic_id) {
-                let why = format!("`{}` was deleted and made anew meanwhile", progress.topic);
-                progress.end(status::FAILED, Some(why), now);
-                return Ok(Duration::ZERO);
-            }
-            let first = extent.partitions.iter().find(|(number, _, _)| *number == range.partition);
-            let gone = first.map_or(0, |(_, first, _)| (*first).min(range.end) - range.next);
+        let from = begins.unwrap_or(range.next).min(range.end);
+        if from > range.next {
+            // Positions are left out where transactions end, too: only retention moves the beginning.
+            let gone = self.letters.first(&partition)?.min(range.end) - range.next;
             if gone > 0 {
                 progress.overtaken = progress.overtaken.saturating_add(gone);
-                progress.ranges[index].next += gone;
                 tracing::error!(
                     stage = STAGE,
                     topic = progress.topic,
@@ -121,12 +114,13 @@ impl<L: StretchReader> ReprocessDeadLetters<L> {
                     positions = gone,
                     "retention deleted dead letters before a request came to them"
                 );
-                return Ok(Duration::ZERO);
             }
-        }
-        let from = begins.unwrap_or(range.next).min(range.end);
-        let Stretch::Records(batch) = self.letters.read(&partition, from, range.end)? else {
             progress.ranges[index].next = from;
+        }
+        if from == range.end {
+            return Ok(Duration::ZERO);
+        }
+        let Stretch::Records(batch) = self.letters.read(&partition, from, range.end)? else {
             return Ok(Duration::ZERO);
         };
         let rate = progress.rate_per_second.filter(|rate| *rate > 0);
@@ -138,8 +132,8 @@ impl<L: StretchReader> ReprocessDeadLetters<L> {
             .filter(|other| progress.topic_id.as_deref().is_none_or(|id| other.is_of(id)))
             .collect();
         let mut deal = Deal { progress, earlier, recent, effects, replays_max: self.replays_max, sent: 0 };
-        let mut next = range.next;
-        for record in batch.iter().filter(|record| record.offset >= range.next).take(LOOKED_AT_MAX) {
+        let mut next = from;
+        for record in batch.iter().filter(|record| record.offset >= from).take(LOOKED_AT_MAX) {
             if record.offset >= range.end {
                 next = range.end;
                 break;

@@ -42,6 +42,11 @@ impl StretchReader for MemoryStretches {
         Ok(Some(Extent { topic_id, partitions }))
     }
 
+    fn first(&mut self, partition: &TopicPartition) -> Result<i64, Failure> {
+        self.cluster.faults().pass(Point::Stretch)?;
+        Ok(self.cluster.lock().start_of(&partition.topic, partition.partition))
+    }
+
     fn read(&mut self, partition: &TopicPartition, from: i64, to: i64) -> Result<Stretch<'_>, Failure> {
         self.cluster.faults().pass(Point::Stretch)?;
         let wanted = Some((partition.clone(), from));

@@ -29,9 +29,7 @@ where
         if !lane.held.is_empty() {
             let source = batch.source.clone();
             lane.held.push_back(batch);
-            if !std::mem::replace(&mut lane.paused, true) {
-                self.source.pause(&[source], true);
-            }
+            self.pause(source);
             return Ok(());
         }
         match self.schemas.resolve(&batch, lane.replayed, self.clock.now()) {
@@ -53,8 +51,15 @@ where
         lane.held.push_front(batch);
         lane.waits_for_others = waits_for_others;
         // Others are waited for briefly: the next batch is taken as well before the delivery is stopped.
-        if !waits_for_others && !std::mem::replace(&mut lane.paused, true) {
-            self.source.pause(&[source], true);
+        if !waits_for_others {
+            self.pause(source);
+        }
+    }
+
+    fn pause(&mut self, partition: TopicPartition) {
+        let lane = self.lanes.get_mut(&partition).expect("a lane that holds a batch is owned");
+        if !std::mem::replace(&mut lane.paused, true) {
+            self.source.pause(&[partition], true);
         }
     }
 
